@@ -1,0 +1,1161 @@
+"""Rectify the bias of CLIP for unsupervised semantic segmentation (ReCLIP, CVPR 2024; ReCLIP++, IJCV 2025).
+
+Unlabelled pictures and a list of class names go in. CLIP's dense predictions are biased: it prefers some classes and fails
+far from the centre. This script learns that bias from the pictures alone, subtracts it, and measures what that gains.
+
+    python rectify.py                                    # Emoji VOC, ships with the repository: no GPU, no internet
+    python rectify.py --method reclip                    # the CVPR paper's bias model instead of the journal's
+    python rectify.py --dataset voc                      # PASCAL VOC 2012 with OpenAI's ViT-B/16
+    python rectify.py --data my_photos --names names.txt # a folder of your own, no labels needed
+    python rectify.py --image photo.jpg --names "dog, horse"    # one picture, any words, with the newest run
+
+Read it top to bottom: 1 configuration, 2 data, 3 CLIP, 4 method, 5 training, 6 evaluation, 7 figures, 8 main.
+The letters are the paper's: f dense feature, T text feature, R Reference feature, PE positional embedding, P space-preference
+bias, B bias logit map, M mask, y image-level hypothesis; B images, C classes, D dimensions, h×w patches, H×W pixels.
+"""
+import argparse
+import copy
+import functools
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import tarfile
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from torch import nn
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend: shown as one line, exit code 2."""
+
+
+# ================================================================================================== 1 configuration
+
+def option(default, help, choices=None):
+    """A field of a configuration: its default, the sentence shown by --help, and what it may be."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    dataset: str = option("", "which recipe and data to use (default emoji)", ["emoji", "voc"])
+    root: str = option("data", "folder that holds the datasets")
+    data: str = option("", "a folder of your own instead: VOC's layout, or just images")
+    names: str = option("", "class names: a file with one a line, or words separated by commas")
+    out: str = option("", "folder for everything written (default runs/<dataset>)")
+    method: str = option("", "bias model; maskclip is the baseline alone", ["maskclip", "reclip", "reclip++"])
+    features: str = option("maskclip", "attention of CLIP's last block", ["maskclip", "sclip", "clearclip", "naclip"])
+    clip: str = option("", "open_clip model name, or local-dir:FOLDER (default by dataset)")
+    pretrained: str = option("", "open_clip's tag of the weights, or a file (default by dataset)")
+    hypothesis: str = option("", "how images get their classes", ["threshold", "softmax", "windows"])
+    t: float = option(None, "threshold of the hypothesis on the cosine (or its softmax), in (-1, 1)")
+    top_k: int = option(None, "classes of an image in which none passes t")
+    norm: str = option("", "length of R: of the whole matrix, or of each row", ["frobenius", "rows"])
+    prompt: str = option("", "the learnable tokens: one prompt for all classes, or one for each", ["shared", "per-class"])
+    space: str = option("on", "the space-preference term P", ["on", "off"])
+    pool: str = option("", "mean of masked features over the grid, or over the mask", ["grid", "mask"])
+    start: str = option("", "P at the start: zero, or a random map as in the authors' code", ["zero", "random"])
+    alpha: float = option(None, "scale of the logits before Gumbel-Softmax")
+    denoise: float = option(None, "drop a class whose best probability in the image is lower; 0 is off")
+    optimizer: str = option("", "optimiser", ["sgd", "adam"])
+    lr: float = option(None, "learning rate of the prompt")
+    lr_conv: float = option(None, "learning rate of the convolutions: positional projection and mask decoder")
+    epochs: int = option(None, "passes over the training images")
+    batch: int = option(None, "images a step")
+    views: int = option(4, "augmented views computed once for each image; each epoch uses one of them")
+    finetune: bool = option(False, "train CLIP's image encoder too (the ablation of Table 8)")
+    seed: int = option(0, "seed of everything random")
+    device: str = option("auto", "where to compute", ["auto", "cpu", "cuda"])
+    resume: bool = option(False, "go on with the interrupted run in --out")
+    eval: str = option("", "evaluate this checkpoint instead of training")
+    image: str = option("", "segment this picture instead of training, with --names and the checkpoint in --out")
+
+
+# What each dataset needs. The published settings for the real ones (supplement, Table 12, and the released configs); what
+# measures best on Emoji VOC for itself and for folders of your own. size: (long, short), the sides in px that an image may
+# have. jitter, crop: augmentation. window: px of the sliding hypothesis. whole: the hypothesis sees all of the image, not
+# CLIP's centre crop. ring: px, the bins of Fig. 1(a). denoise, sharpness: prompt denoising.
+RECIPES = {
+    "emoji": dict(
+        clip="local-dir:tests/emoji/clip", pretrained="",
+        size=(2048, 192), jitter=(0.8, 1.25), crop=192, window=48, ring=10, whole=True,
+        hypothesis="softmax", t=0.2, top_k=1,
+        method="reclip++", norm="frobenius", prompt="per-class", pool="grid", start="zero",
+        alpha={"reclip": 100, "reclip++": 100}, denoise={"reclip": 0, "reclip++": 0}, sharpness={"reclip": 100, "reclip++": 10},
+        optimizer="adam", lr=1e-2, lr_conv={"reclip": 1e-4, "reclip++": 1e-3}, lr_encoder=1e-4, weight_decay=0, epochs=20, batch=16),
+    "voc": dict(
+        clip="ViT-B-16-quickgelu", pretrained="openai",
+        size=(2048, 512), jitter=(0.5, 2.0), crop=520, window=86, ring=40, whole=False,
+        hypothesis="threshold", t=0.23, top_k=2,
+        method="reclip", norm="frobenius", prompt="shared", pool="grid", start="random",
+        alpha={"reclip": 1000, "reclip++": 100}, denoise={"reclip": 0.5, "reclip++": 1.0}, sharpness={"reclip": 100, "reclip++": 10},
+        optimizer="sgd", lr=0.12, lr_conv=0.12, lr_encoder=1e-4, weight_decay=5e-4, epochs=200, batch=12),  # 0.01 at batch 1
+}
+
+
+def complete(cfg):
+    """Fill what the command line left open from the recipe of the data, and refuse what makes no sense.
+
+    Returns a Config in which every field has its value. Raises UserError.
+    """
+    cfg = replace(cfg, dataset=cfg.dataset or "emoji")
+    recipe = recipe_of(cfg)
+    method = cfg.method or recipe["method"]
+    chosen = {}
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if value in (None, "") and f.name in recipe:
+            value = recipe[f.name]
+            chosen[f.name] = value.get(method, value["reclip"]) if isinstance(value, dict) else value
+    if not cfg.out:
+        chosen["out"] = f"runs/{Path(cfg.data).resolve().name if cfg.data else cfg.dataset}"
+    cfg = replace(cfg, **chosen)
+    for bad, message in [
+            (not -1 < cfg.t < 1, f"--t {cfg.t}: a cosine's threshold lies in (-1, 1)"),
+            (cfg.epochs < 1 or cfg.batch < 1 or cfg.views < 1 or cfg.top_k < 1,
+             "--epochs, --batch, --views and --top-k start at 1"),
+            (not all(0 < v < float("inf") for v in (cfg.lr, cfg.lr_conv, cfg.alpha)),
+             "--lr, --lr-conv and --alpha must be positive"),
+            (not 0 <= cfg.seed < 2 ** 32, f"--seed {cfg.seed}: a seed is a whole number from 0 on"),
+            (cfg.data and not cfg.names, "--data needs --names: a file with one class name a line"),
+            (cfg.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here")]:
+        if bad:
+            raise UserError(message)
+    return cfg
+
+
+def pick_device(cfg):
+    """The torch device that --device means."""
+    return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def recipe_of(cfg):
+    """The row of RECIPES that a configuration belongs to (own folders take Emoji VOC's)."""
+    return RECIPES["emoji" if cfg.data else cfg.dataset]
+
+
+def command_line(config, doc, argv=None):
+    """Turn a dataclass of `option`s into a command line: --field-name VALUE, or a bare flag for a bool."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(config):
+        flag, about = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if f.type is bool:
+            parser.add_argument(flag, action="store_true", help=about)
+        else:
+            default = "" if f.default in (None, "") else f" (default {f.default})"
+            parser.add_argument(flag, type=f.type, default=f.default, choices=f.metadata["choices"], help=about + default,
+                                metavar=f.type.__name__.upper() if f.metadata["choices"] is None else None)
+    return config(**vars(parser.parse_args(argv)))
+
+
+# =========================================================================================================== 2 data
+
+VOC_NAMES = ["airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog",
+             "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
+# dataset: (archive, md5 of the archive, folder in it that holds JPEGImages, class names)
+DATASETS = {
+    "emoji": (HERE / "tests/emoji/emoji-voc.tar", "551b084098f476f71b41547dad04d51a", "VOCdevkit/VOC2012", VOC_NAMES),
+    "voc": ("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+            "6cd6e144f989b92b3379bac3b3de84fd", "VOCdevkit/VOC2012", VOC_NAMES)}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+VOID = 255
+
+
+@dataclass
+class Sample:
+    """One picture: its name in the list, its file, and its label's file (None where there are no labels)."""
+    name: str
+    image: Path
+    label: Path | None
+
+
+def unpack(archive, md5, target):
+    """Check an archive against its md5 and unpack it to `target`, which appears only when it is whole."""
+    if target.exists():
+        raise UserError(f"{target}: is in the way of unpacking {archive.name}; move it, or give another --root")
+    if not archive.is_file():
+        raise UserError(f"{archive}: missing; it comes with the repository")
+    with open(archive, "rb") as file:
+        digest = hashlib.file_digest(file, "md5").hexdigest()       # in pieces: VOC's archive has 2 GB
+    if digest != md5:
+        raise UserError(f"{archive}: not the published file (its md5 is not {md5}); delete it and start again")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(partial, filter="data")      # refuses members that would leave the folder
+    except tarfile.TarError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{archive}: not unpacked: {error}")
+    partial.rename(target)
+
+
+def dataset_folder(cfg):
+    """The folder that holds a dataset's JPEGImages; downloads and unpacks it the first time."""
+    if cfg.data:
+        if not Path(cfg.data).is_dir():
+            raise UserError(f"{cfg.data}: no such folder; --data wants a folder of images")
+        return Path(cfg.data)
+    archive, md5, inside, _ = DATASETS[cfg.dataset]
+    target = Path(cfg.root) / cfg.dataset
+    if not (target / inside).is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not isinstance(archive, Path):
+            from torchvision.datasets.utils import download_url
+            try:
+                download_url(archive, cfg.root, md5=md5)
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"cannot download {archive} ({error}); fetch it yourself (md5 {md5}) "
+                                f"and put it at {Path(cfg.root) / archive.split('/')[-1]}")
+            archive = Path(cfg.root) / archive.split("/")[-1]
+        print(f"unpacking {archive.name} to {target}")
+        unpack(archive, md5, target)
+    return target / inside
+
+
+def class_names(cfg):
+    """The class names: --names (a file, or words with commas between) or the dataset's own. Raises UserError."""
+    if not cfg.names:
+        return DATASETS[cfg.dataset][3]
+    is_file = os.path.isfile(cfg.names)                 # os.path: a long list of words is no path, and no error
+    if not is_file and "," not in cfg.names and (os.sep in cfg.names or Path(cfg.names).suffix == ".txt"):
+        raise UserError(f"{cfg.names}: no such file; --names wants a file with one class name a line, or words and commas")
+    try:
+        words = Path(cfg.names).read_text("utf-8").splitlines() if is_file else cfg.names.split(",")
+    except UnicodeDecodeError:
+        raise UserError(f"{cfg.names}: not a text in UTF-8; --names wants one class name a line")
+    names = [w.strip() for w in words if w.strip()]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice or not names:
+        raise UserError(f"{cfg.names}: " + (f"'{twice[0]}' is named twice" if twice else "holds no class name"))
+    if len(names) >= VOID:
+        raise UserError(f"{cfg.names}: {len(names)} names; a mask of 8 bits holds {VOID - 1} at most")
+    return names
+
+
+def list_samples(folder, split):
+    """The samples of a split. VOC's layout where ImageSets/ exists, else every image in the folder, without labels.
+
+    Images meet their labels by name. A plain folder is all train and no val.
+    """
+    index = folder / "ImageSets/Segmentation" / f"{split}.txt"
+    if not (folder / "ImageSets").is_dir():
+        pictures = folder / "JPEGImages" if (folder / "JPEGImages").is_dir() else folder        # not the masks beside them
+        images = sorted(p for p in pictures.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not images:
+            raise UserError(f"{folder}: holds no images ({' '.join(sorted(SUFFIXES))})")
+        return [Sample(p.stem, p, None) for p in images] if split == "train" else []
+    if not index.is_file():
+        raise UserError(f"{index}: missing; write the names of the {split} images there, one a line")
+    names = index.read_text().split()
+    if not names:
+        raise UserError(f"{index}: empty; write the names of the {split} images there, one a line")
+    labelled = (folder / "SegmentationClass").is_dir()
+    samples = [Sample(n, folder / f"JPEGImages/{n}.jpg", folder / f"SegmentationClass/{n}.png" if labelled else None)
+               for n in names]
+    for path in [p for s in samples for p in (s.image, s.label) if p and not p.is_file()]:
+        raise UserError(f"{path}: missing, though {index} lists it; restore the file or take it off the list")
+    return samples
+
+
+def load_image(path):
+    """Any picture as 3×H×W uint8 RGB: EXIF rotation applied, 16 bits cut to 8, transparency laid on white."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):              # 16-bit greys, which convert("RGB") would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file")
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({error}); replace it or take it off the list")
+
+
+def load_label(path, size, classes):
+    """A palette PNG as H×W uint8 in {0..C-1, 255}: VOC's background (0) becomes void, class c becomes c - 1."""
+    try:
+        with Image.open(path) as image:
+            mode, label = image.mode, np.array(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: not a readable mask ({error})")
+    if mode not in ("P", "L"):
+        raise UserError(f"{path}: a mask holds one class number a pixel (palette PNG), this one is {mode}; convert it")
+    if label.shape != tuple(size):
+        raise UserError(f"{path}: the mask is {label.shape[1]}×{label.shape[0]}, its image {size[1]}×{size[0]}")
+    wrong = label[(label > classes) & (label != VOID)]
+    if wrong.size:
+        raise UserError(f"{path}: the mask holds {wrong[0]}, with {classes} classes (0 is background, 255 void)")
+    return torch.from_numpy(np.where(label == 0, VOID, label - (label != VOID)).astype(np.uint8))
+
+
+def fit(image, size, factor=1.0):
+    """Resize 3×H×W so that the long and short side are at most `size` = (long, short), times `factor`; bilinear."""
+    height, width = image.shape[-2:]
+    scale = factor * min(size[0] / max(height, width), size[1] / min(height, width))
+    return v2.functional.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
+
+
+def batches_of_one_size(samples, batch, classes=None):
+    """Yield (samples, images B×3×H×W uint8, labels B×H×W uint8 or None), each batch of one image size, streamed."""
+    waiting = {}
+    for sample in samples:
+        image = load_image(sample.image)
+        label = load_label(sample.label, image.shape[1:], classes) if classes else None
+        group = waiting.setdefault(image.shape, [])
+        group.append((sample, image, label))
+        if len(group) == batch:
+            yield _stack(waiting.pop(image.shape))
+    yield from (_stack(group) for group in waiting.values())
+
+
+def _stack(group):
+    samples, images, labels = zip(*group)
+    return samples, torch.stack(images), None if labels[0] is None else torch.stack(labels)
+
+
+# =========================================================================================================== 3 CLIP
+
+def load_clip(cfg, device):
+    """open_clip's model, frozen and in eval mode, with its tokenizer. Raises UserError where it cannot be had."""
+    import open_clip                                    # here, not at the top: a student is run without it
+    if cfg.clip.startswith("ViT") and cfg.pretrained == "openai" and "quickgelu" not in cfg.clip:
+        print(f"warning: the openai weights were trained with QuickGELU, {cfg.clip} computes GELU; "
+              f"you may want {cfg.clip}-quickgelu")
+    scheme, _, folder = cfg.clip.rpartition(":")
+    name = f"{scheme}:{HERE / folder}" if scheme == "local-dir" and not Path(folder).is_dir() else cfg.clip
+    logging.disable(logging.WARNING)                    # open_clip tells every step of its loading
+    try:
+        clip = open_clip.create_model(name, pretrained=cfg.pretrained or None, device=device)
+        tokenizer = open_clip.get_tokenizer(name)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot load CLIP {cfg.clip} {cfg.pretrained}: {str(error).splitlines()[0]}")
+    finally:
+        logging.disable(logging.NOTSET)
+    if not isinstance(clip.visual, open_clip.transformer.VisionTransformer) or clip.visual.attn_pool is not None:
+        raise UserError(f"{cfg.clip}: its image tower is not open_clip's own ViT with a class token; take a ViT-*")
+    return clip.eval().requires_grad_(False), tokenizer
+
+
+def normalise(clip, images):
+    """uint8 B×3×H×W to what CLIP was trained on: (x / 255 - mean) / std."""
+    mean, std = (torch.tensor(clip.visual.preprocess_cfg[k], device=images.device)[:, None, None] for k in ("mean", "std"))
+    return (images.float() / 255 - mean) / std
+
+
+def positional_embedding(clip, grid):
+    """PE: 1×d×h×w, CLIP's positional embedding without CLS, bicubic-resized to the grid (h, w)."""
+    visual = clip.visual
+    pe = visual.positional_embedding[1:].T.reshape(1, -1, *visual.grid_size)            # 1 d h w
+    return pe if grid == tuple(visual.grid_size) else F.interpolate(pe, grid, mode="bicubic", antialias=False)
+
+
+def last_block(block, x, grid, features):
+    """CLIP's last transformer block, B×(1+hw)×d to the same, with the attention that dense prediction wants.
+
+    "stock" is CLIP's own; maskclip: each token is its own value (Zhou 2022); sclip: q·q + k·k (Wang 2024);
+    clearclip: q·q, without residual and MLP (Lan 2024); naclip: k·k and a Gaussian around each patch, likewise (Hajimiri 2025).
+    """
+    if features == "stock":
+        return block(x)
+    attn = block.attn
+    q, k, v = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)     # B N d
+    if features != "maskclip":
+        q, k, v = (y.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for y in (q, k, v))       # B heads N d/heads
+        scale = q.size(-1) ** -0.5
+        if features == "sclip":
+            A = (q @ q.mT * scale).softmax(-1) + (k @ k.mT * scale).softmax(-1)
+        elif features == "clearclip":
+            A = (q @ q.mT * scale).softmax(-1)
+        else:
+            yx = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in grid)).float()   # hw 2
+            near = torch.exp(-torch.cdist(yx, yx).square() / (2 * 5 ** 2))                          # std 5 patches
+            A = (k @ k.mT * scale + F.pad(near, (1, 0, 1, 0))).softmax(-1)
+        v = (A @ v).transpose(1, 2).flatten(2)                                                     # B N d
+    v = attn.out_proj(v)
+    if features in ("clearclip", "naclip"):
+        return v
+    v = v + x
+    return v + block.mlp(block.ln_2(v))
+
+
+def encode_image(clip, x, features):
+    """CLIP's image tower on pictures of any size, up to its last block's choice.
+
+    x: B×3×H×W, normalised; padded at the bottom and right to whole patches.
+    features: "stock" gives open_clip's own pooled image feature B×D; any other the dense feature f, B×D×h×w. Unit norm.
+    """
+    visual = clip.visual
+    p_h, p_w = visual.patch_size
+    x = F.pad(x, (0, -x.size(-1) % p_w, 0, -x.size(-2) % p_h))
+    x = visual.conv1(x)                                                                 # B d h w
+    grid = tuple(x.shape[-2:])
+    x = (x + positional_embedding(clip, grid)).flatten(2).mT                            # B hw d
+    cls = visual.class_embedding + visual.positional_embedding[0]
+    x = visual.ln_pre(torch.cat([cls.expand(len(x), 1, -1), x], dim=1))                 # B 1+hw d
+    for block in visual.transformer.resblocks[:-1]:
+        x = block(x)
+    x = last_block(visual.transformer.resblocks[-1], x, grid, features)
+    if features == "stock":
+        return F.normalize(visual._pool(x)[0] @ visual.proj, dim=-1)                    # B D
+    f = visual.ln_post(x[:, 1:]) @ visual.proj                                          # B hw D
+    return F.normalize(f, dim=-1).mT.unflatten(-1, grid)                                # B D h w
+
+
+def templates():
+    """The 85 sentences that T is averaged over, as functions of the name: OpenAI's 80 for ImageNet and five of a scene."""
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+    scene = ["there is a {} in the scene.", "there is the {} in the scene.", "this is a {} in the scene.",
+             "this is the {} in the scene.", "this is one {} in the scene."]
+    return [*OPENAI_IMAGENET_TEMPLATES, *(sentence.format for sentence in scene)]
+
+
+@torch.no_grad()
+def text_features(clip, tokenizer, names):
+    """T: C×D, unit rows. Each name in 85 sentences, encoded, averaged, normalised."""
+    device, rows = clip.logit_scale.device, []
+    for name in names:
+        tokens = tokenizer([template(name) for template in templates()]).to(device)
+        rows.append(F.normalize(clip.encode_text(tokens, normalize=True).mean(0), dim=0))
+    return torch.stack(rows)
+
+
+def name_tokens(clip, tokenizer, names):
+    """The bare names as tokens, C×n int, n the longest name and EOT; padded with 0. Returns (tokens, longest prompt L)."""
+    tokens = tokenizer(names)[:, 1:]                                                    # drop SOS
+    longest, context = int((tokens != 0).sum(1).max()), _text(clip).positional_embedding.size(0)
+    if longest + 1 >= context:                          # the tokenizer has cut it, and no learnable token would fit
+        name = names[int((tokens != 0).sum(1).argmax())]
+        raise UserError(f"class name '{name}' is too long for this CLIP's {context} tokens; shorten it")
+    return tokens[:, :longest], context - 1 - longest
+
+
+def warn_of_new_words(clip, tokens, names):
+    """Say which names hold a word that the CLIP never met (the tiny one knows some hundred; the others' rows are zero)."""
+    empty = (_text(clip).token_embedding.weight == 0).all(1).cpu()
+    new = [name for name, row in zip(names, tokens) if empty[row].any()]
+    if new:
+        print(f"warning: this CLIP has never met the words of {', '.join(new)}; expect nonsense for them")
+
+
+def reference_features(clip, V, tokens):
+    """R: C×D before its norm is set. The prompt [SOS][v1..vL][name][EOT] of each class, through the frozen text encoder.
+
+    V: L×d or C×L×d, the learnable tokens. tokens: C×n, the names and EOT. Differentiable in V.
+    """
+    text = _text(clip)
+    C = len(tokens)
+    embed = text.token_embedding(tokens)                                                # C n d
+    sos = text.token_embedding.weight[-2].expand(C, 1, -1)                              # SOS is the last but one word
+    x = torch.cat([sos, V.expand(C, -1, -1), embed], dim=1)                             # C 1+L+n d
+    length = x.size(1)
+    x = x + text.positional_embedding[:length]
+    mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
+    x = text.ln_final(text.transformer(x, attn_mask=mask))
+    eot = 1 + V.size(-2) + tokens.argmax(1)                                             # EOT has the largest number
+    return x[torch.arange(C), eot] @ text.text_projection
+
+
+def _text(clip):
+    """The text tower: a part of its own in some open_clip models, the model itself in others."""
+    return getattr(clip, "text", clip)
+
+
+# =========================================================================================================== 4 method
+
+def set_norm(R, norm):
+    """R: C×D with unit Frobenius norm (the authors' code; a row's length falls as 1/√C) or with unit rows."""
+    return R / R.norm() if norm == "frobenius" else F.normalize(R, dim=1)
+
+
+def similarity(f, T):
+    """f·Tᵀ at every pixel: B×D×h×w and C×D to B×C×h×w, cosines in [-1, 1] where both are unit."""
+    return torch.einsum("bdhw,cd->bchw", f, T)
+
+
+def bias_reclip(f, R, P):
+    """ReCLIP's bias logit map, B = f·Rᵀ + P: B×C×h×w. f·Rᵀ is the class-preference bias, P: C×h×w the space-preference bias."""
+    return similarity(f, R) + P
+
+
+def bias_reclip_pp(R, P):
+    """ReCLIP++'s bias logit map, B = P·Rᵀ: C×h×w, the same for every image. P: D×h×w."""
+    return torch.einsum("dhw,cd->chw", P, R)
+
+
+class Rectifier(nn.Module):
+    """Everything that is learned: the Reference prompt V, the positional projection g, and ReCLIP++'s mask decoder.
+
+    forward(f, T, R, PE): f B×D×h×w, T and R C×D, PE 1×d×h×w -> rectified logits B×C×h×w.
+    """
+
+    def __init__(self, cfg, classes, dim, d_image, d_text, L):
+        super().__init__()
+        self.method, self.space = cfg.method, cfg.space == "on"
+        shape = (L, d_text) if cfg.prompt == "shared" else (classes, L, d_text)
+        self.V = nn.Parameter(0.02 * torch.randn(shape))                                # CLIP's own scale of token embeddings
+        if self.method == "reclip":
+            self.g = nn.Sequential(                                                     # widths of the released checkpoints
+                nn.Conv2d(d_image, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256), nn.ReLU(),
+                nn.Conv2d(256, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+                nn.Conv2d(64, classes, 3, padding=1, bias=False), nn.BatchNorm2d(classes))
+        else:
+            self.g = nn.Conv2d(d_image, dim, 1)
+            self.decoder = nn.Sequential(nn.Conv2d(dim + classes, classes, 5, padding=2, bias=False),
+                                         nn.BatchNorm2d(classes))
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out")
+        if cfg.start == "zero":                         # ours: B starts without P, so that training starts at what CLIP knows
+            last = self.g[-1] if self.method == "reclip" else self.g
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, f, T, R, PE):
+        logits = similarity(f, T)
+        P = self.g(PE)[0] if self.space else torch.zeros((), device=f.device)
+        if self.method == "reclip":
+            return logits - bias_reclip(f, R, P)
+        rectified = logits - bias_reclip_pp(R, P) if self.space else logits
+        return self.decoder(torch.cat([f, rectified], dim=1))
+
+
+def gumbel_mask(logits, alpha):
+    """M: B×C×h×w, one-hot over the classes at every pixel; GumbelSoftmax(alpha · logits, τ = 1, hard), differentiable."""
+    return F.gumbel_softmax(alpha * logits, tau=1, hard=True, dim=1)
+
+
+def contrastive_loss(M, f, T, y, scale, valid, pool):
+    """CE(scale · z_c·Tᵀ, c) with z_c = pool(M_c ⊙ f), averaged over an image's classes, then over the batch.
+
+    M: B×C×h×w masks. f: B×D×h×w. T: C×D. y: B×C bool, the hypothesis. scale: CLIP's exp(logit_scale).
+    valid: B×h×w bool, false where the crop is padding. pool: "grid" divides by h·w (authors' code), "mask" by the mask's area.
+    """
+    M = M * valid[:, None]
+    z = torch.einsum("bchw,bdhw->bcd", M, f)                                            # B C D
+    area = M.sum((2, 3))[..., None].clamp(min=1) if pool == "mask" else valid.sum((1, 2)).view(-1, 1, 1)
+    logits = scale * (z / area) @ T.T                                                   # B C C
+    own = -logits.log_softmax(-1).diagonal(dim1=1, dim2=2)                              # B C
+    return ((own * y).sum(1) / y.sum(1).clamp(min=1)).mean()
+
+
+class Segmenter:
+    """CLIP, its text features, and a Rectifier: pictures in, logits out. Frozen CLIP and 85-template T; R from the prompt.
+
+    Built new for training, or by `load` from a checkpoint; distill.py uses it as the teacher.
+    """
+
+    def __init__(self, cfg, names, device):
+        self.cfg, self.names, self.device = cfg, names, device
+        self.clip, tokenizer = load_clip(cfg, device)
+        self.stock = copy.deepcopy(self.clip) if cfg.finetune else self.clip     # for the baseline and the hypothesis
+        tokens, L = name_tokens(self.clip, tokenizer, names)
+        warn_of_new_words(self.clip, tokens, names)
+        self.tokens = tokens.to(device)
+        self.T = text_features(self.clip, tokenizer, names)
+        self.scale = self.clip.logit_scale.exp().item()
+        self.rectifier = None
+        if cfg.method != "maskclip":
+            self.rectifier = Rectifier(cfg, len(names), self.T.size(1), self.clip.visual.conv1.out_channels,
+                                       _text(self.clip).token_embedding.embedding_dim, L).to(device)
+
+    def features(self, images, clip=None):
+        """f: B×D×h×w of uint8 pictures B×3×H×W."""
+        return encode_image(clip or self.clip, normalise(self.clip, images.to(self.device)), self.cfg.features)
+
+    def reference(self):
+        """R: C×D, with its norm."""
+        return set_norm(reference_features(self.clip, self.rectifier.V, self.tokens), self.cfg.norm)
+
+    def rectified(self, f, R):
+        """Rectified logits B×C×h×w of dense features."""
+        return self.rectifier(f, self.T, R, positional_embedding(self.clip, tuple(f.shape[-2:])))
+
+    @classmethod
+    def load(cls, path, **changes):
+        """The Segmenter of a checkpoint, in eval mode; `changes` to its configuration (device, out, ..)."""
+        state = load_checkpoint(path)
+        cfg = replace(Config(**state["config"]), **changes)
+        segmenter = cls(cfg, state["names"], pick_device(cfg))
+        segmenter.restore(state)
+        segmenter.rectifier.eval()
+        return segmenter
+
+    def state(self):
+        """What a checkpoint holds: tensors and plain values only."""
+        return {"config": asdict(self.cfg), "names": self.names, "rectifier": self.rectifier.state_dict(),
+                "clip": self.clip.visual.state_dict() if self.cfg.finetune else None}
+
+    def restore(self, state):
+        """Take the weights of a checkpoint, in place."""
+        self.rectifier.load_state_dict(state["rectifier"])
+        if state["clip"]:
+            self.clip.visual.load_state_dict(state["clip"])
+
+
+# ========================================================================================================= 5 training
+
+@torch.no_grad()
+def hypothesise(segmenter, images):
+    """y: B×C bool, the classes that stock CLIP believes an image to hold; of uint8 pictures B×3×H×W.
+
+    threshold: the cosine of the image's feature with T is at least t. softmax (ours): its share softmax(scale · cosine) is.
+    Where none passes, the top K. windows (ReCLIP++): a window slides over the image at half its side; y is the union of each
+    window's best class. The picture is CLIP's centre crop for the real datasets, and the whole of it (positional embedding
+    resized) in Emoji VOC, where things stand at the edges.
+    """
+    cfg, clip, recipe = segmenter.cfg, segmenter.stock, recipe_of(segmenter.cfg)
+    side = clip.visual.image_size[0]
+
+    def see(x):
+        return encode_image(clip, normalise(clip, x.to(segmenter.device)), "stock") @ segmenter.T.T             # B C
+
+    if cfg.hypothesis == "windows":
+        x, window = fit(images, recipe["size"]), recipe["window"]
+        corners = [[*range(0, n - window, window // 2), max(n - window, 0)] for n in x.shape[-2:]]
+        tiles = [v2.functional.resize(x[..., top:top + window, left:left + window], [side, side])
+                 for top in corners[0] for left in corners[1]]
+        return torch.stack([F.one_hot(see(tile).argmax(1), len(segmenter.names)) for tile in tiles]).amax(0).bool()
+    x = fit(images, (10 ** 6, side))
+    s = see(x if recipe["whole"] else v2.functional.center_crop(x, side))
+    if cfg.hypothesis == "softmax":
+        s = (segmenter.scale * s).softmax(1)
+    top = F.one_hot(s.topk(min(cfg.top_k, s.size(1)), dim=1).indices, s.size(1)).amax(1).bool()
+    return torch.where((s >= cfg.t).any(1, keepdim=True), s >= cfg.t, top)
+
+
+def hypotheses(segmenter, samples):
+    """y: N×C bool, the hypothesis of every sample."""
+    found = {}
+    for batch, images, _ in batches_of_one_size(samples, 16):
+        found.update(zip([sample.image for sample in batch], hypothesise(segmenter, images).cpu()))
+    return torch.stack([found[sample.image] for sample in samples])         # an image may be listed twice
+
+
+def augmented(image, recipe):
+    """A random view of a picture 3×H×W: resized, flipped, colours distorted, cropped; small ones padded at the bottom right.
+
+    Returns (3×crop×crop uint8, (height, width) of what is picture in it). The authors redraw a crop until no ground-truth
+    class fills three quarters of it; ours never asks.
+    """
+    crop = recipe["crop"]
+    image = fit(image, recipe["size"], np.random.uniform(*recipe["jitter"]))
+    if np.random.rand() < 0.5:
+        image = image.flip(-1)
+    image = v2.RandomPhotometricDistort()(image)
+    top, left = (np.random.randint(max(n - crop, 0) + 1) for n in image.shape[1:])
+    image = image[:, top:top + crop, left:left + crop]
+    height, width = image.shape[1:]
+    return F.pad(image, (0, crop - width, 0, crop - height)), (height, width)
+
+
+@torch.no_grad()
+def training_data(segmenter, samples):
+    """Everything frozen, computed once: x, valid, y.
+
+    x: V×N×D×h×w half, the dense features f of V augmented views of each image; V×N×3×crop×crop uint8, the views themselves,
+    where the encoder is trained too. valid: V×N×h×w bool, patches that are picture. y: N×C bool, the hypothesis.
+    Cost: (V + 1)·N passes of CLIP; V·N·D·h·w·2 bytes.
+    """
+    cfg, recipe, device, p = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.device, segmenter.clip.visual.patch_size[0]
+    V, N, crop = cfg.views, len(samples), recipe["crop"]
+    first = torch.arange(0, crop, p)                                                    # first pixel of every patch
+    shape = (3, crop, crop) if cfg.finetune else (segmenter.T.size(1), len(first), len(first))
+    x = torch.empty(V, N, *shape, dtype=torch.uint8 if cfg.finetune else torch.half, device=device)
+    valid = torch.empty(V, N, len(first), len(first), dtype=torch.bool, device=device)
+    for start in tqdm(range(0, N, 32), "dense features", leave=False):
+        images = [load_image(sample.image) for sample in samples[start:start + 32]]
+        rows = slice(start, start + len(images))
+        for v in range(V):
+            crops, extents = zip(*(augmented(image, recipe) for image in images))
+            height, width = torch.tensor(extents).T[..., None]                          # B 1, B 1
+            valid[v, rows] = (first < height)[:, :, None] & (first < width)[:, None]
+            crops = torch.stack(crops)
+            x[v, rows] = crops.to(device) if cfg.finetune else segmenter.features(crops).half()
+    return x, valid, hypotheses(segmenter, samples).to(device)
+
+
+def train(segmenter, data, out, resume):
+    """Learn the Rectifier (and with finetune CLIP's image encoder) from hypotheses alone; log a line an epoch."""
+    cfg, recipe, rectifier, device = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.rectifier, segmenter.device
+    x, valid, y = data
+    groups = [{"params": [rectifier.V], "lr": cfg.lr},
+              {"params": [p for p in rectifier.parameters() if p is not rectifier.V], "lr": cfg.lr_conv}]
+    if cfg.finetune:
+        segmenter.clip.visual.requires_grad_(True)
+        groups.append({"params": list(segmenter.clip.visual.parameters()), "lr": recipe["lr_encoder"]})
+    if cfg.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=recipe["weight_decay"])
+    else:
+        optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, cfg.epochs, power=0.9)
+    partial, begin = out / "rectify.partial.pt", 0
+    if resume and partial.is_file():
+        state = load_checkpoint(partial)
+        refuse_other_run(state, cfg, segmenter.names, partial)
+        segmenter.restore(state)
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        begin = state["epoch"]
+        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+        (out / "log.jsonl").write_text("".join(lines[:begin]))      # an epoch that was logged and not saved runs again
+        print(f"resuming after epoch {begin} of {cfg.epochs}")
+    else:
+        (out / "log.jsonl").unlink(missing_ok=True)
+
+    N, bar = y.size(0), tqdm(total=cfg.epochs * -(-y.size(0) // cfg.batch), initial=begin * -(-y.size(0) // cfg.batch),
+                             desc=cfg.method, unit="step")
+    for epoch in range(begin, cfg.epochs):
+        torch.manual_seed(100_003 * cfg.seed + epoch)   # an epoch's randomness is its own, so that a resumed run repeats it
+        view = torch.randint(cfg.views, (N,))
+        rectifier.train()
+        total = torch.zeros((), device=device)
+        for i in torch.randperm(N).split(cfg.batch):
+            f = x[view[i], i]
+            f = segmenter.features(f) if cfg.finetune else f.float()
+            logits = segmenter.rectified(f, segmenter.reference())
+            M = gumbel_mask(logits, cfg.alpha)
+            loss = contrastive_loss(M, f, segmenter.T, y[i], segmenter.scale, valid[view[i], i], cfg.pool)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(i)
+            bar.update()
+        schedule.step()
+        mean = total.item() / N
+        bar.set_postfix(epoch=epoch + 1, loss=f"{mean:.3f}")
+        if not np.isfinite(mean):
+            raise UserError(f"the loss is {mean} in epoch {epoch + 1}; lower --lr, or --alpha (log: {out / 'log.jsonl'})")
+        with open(out / "log.jsonl", "a") as log:
+            log.write(json.dumps({"epoch": epoch + 1, "loss": round(mean, 5), "lr": schedule.get_last_lr()[0]}) + "\n")
+        save(partial, {**segmenter.state(), "epoch": epoch + 1, "optimizer": optimizer.state_dict(),
+                       "schedule": schedule.state_dict()})
+    bar.close()
+    rectifier.eval()
+    segmenter.clip.requires_grad_(False)
+
+
+def save(path, state):
+    """torch.save that is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def load_checkpoint(path, part="rectifier"):
+    """A checkpoint of ours, which holds the weights of this part: tensors and plain values, nothing that could run.
+
+    Raises UserError.
+    """
+    maker = {"rectifier": "rectify.py", "student": "distill.py"}[part]
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["config"], state["names"], state[part]
+        return state
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; make it with `python {maker}`")
+    except Exception as error:                          # torch.load has no error class of its own for files not its own
+        raise UserError(f"{path}: not a checkpoint of {maker} ({type(error).__name__}); make it again")
+
+
+def refuse_other_run(state, cfg, names, path):
+    """Raise UserError where a checkpoint was trained with other settings than those asked for now."""
+    ours = asdict(cfg)
+    free = {"device", "resume", "eval", "image", "out", "root", "tta"}
+    other = [k for k, v in state["config"].items() if k not in free and v != ours.get(k)]
+    if other or state["names"] != names:
+        what = f"--{other[0]} {state['config'][other[0]]}, not {ours.get(other[0])}" if other else "other class names"
+        raise UserError(f"{path}: was trained with {what}; give the same settings, or leave out --resume")
+
+
+# ======================================================================================================= 6 evaluation
+
+def denoise(logits, sharpness, least):
+    """Prompt denoising: a class whose best probability softmax(sharpness · logits) in an image is below `least` leaves it.
+
+    logits: B×C×h×w. Returns them with -inf for those classes; where none is left all stay (the authors' argmax falls to class 0).
+    """
+    best = (sharpness * logits).softmax(1).amax((2, 3), keepdim=True)                   # B C 1 1
+    gone = best < least
+    return logits.masked_fill(gone & ~gone.all(1, keepdim=True), -torch.inf) if least else logits
+
+
+def upsample(logits, patch, resized, original):
+    """Grid logits B×C×h×w to the size of the resized picture (padding cut off), then to the original's: bilinear, twice."""
+    h, w = logits.shape[-2:]
+    logits = logits.clamp(min=-1e4)                     # -inf times a weight of 0 would be NaN
+    logits = F.interpolate(logits, (h * patch, w * patch), mode="bilinear")[..., :resized[0], :resized[1]]
+    return F.interpolate(logits, original, mode="bilinear")
+
+
+@torch.no_grad()
+def predict(segmenter, images):
+    """Masks of uint8 pictures B×3×H×W: {"maskclip": B×H×W, and the method's own, where there is one}."""
+    cfg, recipe = segmenter.cfg, recipe_of(segmenter.cfg)
+    x = fit(images.to(segmenter.device), recipe["size"])
+    f = segmenter.features(x)
+    logits = {"maskclip": similarity(segmenter.features(x, segmenter.stock) if cfg.finetune else f, segmenter.T)}
+    if segmenter.rectifier is not None:
+        rectified = segmenter.rectified(f, segmenter.reference())
+        logits[cfg.method] = denoise(rectified, recipe["sharpness"][cfg.method], cfg.denoise)
+    patch = segmenter.clip.visual.patch_size[0]
+    return {name: upsample(l, patch, x.shape[-2:], images.shape[-2:]).argmax(1) for name, l in logits.items()}
+
+
+def confusion(label, prediction, classes):
+    """C×C int64, rows the truth, columns the prediction; pixels labelled 255 do not count."""
+    known = label != VOID
+    return torch.bincount(label[known].long() * classes + prediction[known], minlength=classes ** 2).view(classes, classes)
+
+
+def iou(matrix):
+    """IoU in percent of each class, C; NaN for a class that neither the truth nor the prediction has."""
+    hit = matrix.diagonal().double()
+    return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)
+
+
+def objects(label, prediction):
+    """(distance in px of its centroid from the picture's centre, IoU in percent) of each object in one H×W mask.
+
+    An object is what the picture holds of a class (VOC's layout tells classes, not instances). For Fig. 1(a).
+    """
+    centre = torch.tensor([(n - 1) / 2 for n in label.shape])
+    known, found = label != VOID, []
+    for c in label[known].unique():
+        truth, guess = label == c, (prediction == c) & known
+        distance = (truth.nonzero().float().mean(0).cpu() - centre).norm()
+        found.append((distance.item(), 100 * ((truth & guess).sum() / (truth | guess).sum()).item()))
+    return found
+
+
+def evaluate(predict, samples, names):
+    """Measure masks against ground truth, streamed. predict: uint8 B×3×H×W -> {method: B×H×W}.
+
+    Returns ({method: {"mIoU": percent, "IoU": {name: percent}}}, {method: objects}); a class that never occurs has IoU None.
+    """
+    C, matrices, found = len(names), {}, {}
+    bar = tqdm(total=len(samples), desc="evaluating", unit="img", leave=False)
+    for batch, images, labels in batches_of_one_size(samples, 16, C):
+        for method, masks in predict(images).items():
+            labels = labels.to(masks.device)
+            matrices[method] = matrices.get(method, 0) + confusion(labels, masks, C)
+            for label, mask in zip(labels, masks):
+                found.setdefault(method, []).extend(objects(label, mask))
+        bar.update(len(batch))
+    bar.close()
+    if not any(found.values()):
+        raise UserError(f"{samples[0].label.parent}: the masks of the validation images hold no class, only background or void")
+    results = {}
+    for method, matrix in matrices.items():
+        each = {n: None if np.isnan(v) else round(v, 3) for n, v in zip(names, iou(matrix).tolist())}
+        results[method] = {"mIoU": round(iou(matrix).nanmean().item(), 3), "IoU": each}
+    return results, found
+
+
+def judge(y, truth):
+    """How good hypotheses are, N×C bool both: {"precision", "recall", "classes_per_image"}."""
+    hits = (y & truth).sum().item()
+    return {"precision": round(hits / max(1, y.sum().item()), 4), "recall": round(hits / max(1, truth.sum().item()), 4),
+            "classes_per_image": round(y.sum().item() / len(y), 3)}
+
+
+def classes_present(samples, C):
+    """N×C bool, the classes that ground truth shows in each sample."""
+    labels = (load_label(s.label, load_image(s.image).shape[1:], C) for s in samples)
+    return torch.stack([torch.bincount(label.flatten().long(), minlength=VOID + 1)[:C] > 0 for label in labels])
+
+
+# ========================================================================================================== 7 figures
+
+INK, PAPER = (30, 30, 30), (255, 255, 255)
+SERIES = [(130, 130, 130), (200, 60, 40), (40, 90, 180), (40, 140, 80)]
+
+
+@functools.cache
+def palette():
+    """VOC's colours: 256 RGB triples in one list, made by spreading the bits of the index over the channels."""
+    return [sum(((i >> (3 * j + channel)) & 1) << (7 - j) for j in range(8)) for i in range(256) for channel in range(3)]
+
+
+def colour(c):
+    """RGB of class c (0..C-1); VOC's palette starts with the background."""
+    return tuple(palette()[3 * (c + 1):3 * (c + 2)])
+
+
+def paint(mask, photo=None, strength=0.65, faint=None):
+    """A mask H×W in class colours as a picture; over a photo 3×H×W where given, and pale where `faint` (H×W bool) says so."""
+    colours = torch.tensor(palette()[3:] + list(PAPER), dtype=torch.float).view(-1, 3)   # class c has VOC's colour c + 1
+    painted = colours[mask.long()]                                                      # H W 3
+    if photo is not None:
+        painted = strength * painted + (1 - strength) * photo.permute(1, 2, 0)
+    if faint is not None:
+        painted[faint] = 0.25 * painted[faint] + 0.75 * 255
+    return Image.fromarray(painted.byte().numpy())
+
+
+def legend(names, classes, width):
+    """A strip of colour patches and class names, `width` px wide."""
+    font = ImageFont.load_default(20)
+    spots, x, y = [], 10, 8
+    for c in classes:
+        wide = 44 + font.getlength(names[c])
+        if x + wide > width and x > 10:
+            x, y = 10, y + 32
+        spots.append((x, y, c))
+        x += wide
+    strip = Image.new("RGB", (width, y + 36), PAPER)
+    draw = ImageDraw.Draw(strip)
+    for x, y, c in spots:
+        draw.rectangle([x, y, x + 22, y + 22], fill=colour(c), outline=INK)
+        draw.text((x + 28, y), names[c], fill=INK, font=font)
+    return strip
+
+
+def grid(rows, names, classes, cell=150):
+    """A figure from rows of (title, [PIL images]): equal cells, titles at the left, the legend below."""
+    font, margin = ImageFont.load_default(20), 8
+    left = 20 + int(max(font.getlength(title) for title, _ in rows))
+    width = left + (cell + margin) * len(rows[0][1])
+    strip = legend(names, classes, width)
+    height = (cell + margin) * len(rows)
+    page = Image.new("RGB", (width, height + strip.height), PAPER)
+    for r, (title, pictures) in enumerate(rows):
+        ImageDraw.Draw(page).text((8, r * (cell + margin) + cell / 2), title, fill=INK, font=font, anchor="lm")
+        for k, picture in enumerate(pictures):
+            picture = ImageOps.contain(picture, (cell, cell), Image.NEAREST if picture.height < cell else Image.LANCZOS)
+            page.paste(picture, (left + k * (cell + margin) + (cell - picture.width) // 2,
+                                 r * (cell + margin) + (cell - picture.height) // 2))
+    page.paste(strip, (0, height))
+    return page
+
+
+TITLES = {"maskclip": "MaskCLIP", "reclip": "ReCLIP", "reclip++": "ReCLIP++", "maskclip+": "MaskCLIP+", "student": "DeepLabV2"}
+
+
+def figure4(predict, samples, names, path, count=8):
+    """Rows image / ground truth / a row each method of `predict`, of images spread evenly over the validation list.
+
+    Where ground truth says background or void nothing is scored, and the predictions are shown pale.
+    """
+    chosen = samples[::max(1, len(samples) // count)][:count]
+    rows, seen = {"image": [], "ground truth": []}, set()
+    for sample in chosen:
+        image = load_image(sample.image)
+        label = load_label(sample.label, image.shape[1:], len(names))
+        rows["image"].append(Image.fromarray(image.permute(1, 2, 0).numpy()))
+        rows["ground truth"].append(paint(label))
+        shown = [label]
+        for method, mask in predict(image[None]).items():
+            rows.setdefault(method, []).append(paint(mask[0].cpu(), faint=label == VOID))
+            shown.append(mask[0].cpu()[label != VOID])
+        seen.update(torch.cat([s.flatten() for s in shown]).tolist())
+    grid([(TITLES.get(k, k), v) for k, v in rows.items()], names, sorted(seen - {VOID})).save(path)
+
+
+def figure1a(found, ring, path):
+    """Fig. 1(a): mean IoU of the objects in each ring around the picture's centre, a line a method, objects counted below."""
+    big, small, W, H = ImageFont.load_default(24), ImageFont.load_default(19), 900, 560
+    page = Image.new("RGB", (W, H), PAPER)
+    draw = ImageDraw.Draw(page)
+    rings = sorted({int(d // ring) for d, _ in found["maskclip"]})
+    means = {m: [np.mean([v for d, v in pairs if d // ring == k]) for k in rings] for m, pairs in found.items()}
+    top = max(10, 10 * np.ceil(max(max(v) for v in means.values()) / 10))
+    spot = lambda k, v: (110 + (W - 160) * (k + 0.5) / len(rings), H - 130 - (H - 200) * v / top)
+    for v in np.arange(0, top + 1, 10 if top <= 60 else 20):
+        y = spot(0, v)[1]
+        draw.line([(100, y), (W - 40, y)], fill=(220, 220, 220), width=2)
+        draw.text((90, y), f"{v:.0f}", fill=INK, font=small, anchor="rm")
+    for k, r in enumerate(rings):
+        draw.text((spot(k, 0)[0], H - 118), f"{ring * r}-{ring * (r + 1)}", fill=INK, font=small, anchor="ma")
+        draw.text((spot(k, 0)[0], H - 92), f"n={sum(d // ring == r for d, _ in found['maskclip'])}",
+                  fill=(120, 120, 120), font=small, anchor="ma")
+    draw.text((W / 2, H - 36), "distance of the object from the picture's centre, px", fill=INK, font=big, anchor="mm")
+    draw.text((24, 22), "IoU of objects, %", fill=INK, font=big)
+    for s, (method, line) in enumerate(means.items()):
+        points = [spot(k, v) for k, v in enumerate(line)]
+        draw.line(points, fill=SERIES[s], width=5)
+        for k, (x, y) in enumerate(points):
+            box = [x - 8, y - 8, x + 8, y + 8]
+            draw.ellipse(box, fill=SERIES[s]) if s == 0 else draw.rectangle(box, fill=SERIES[s])
+        draw.line([(360 + 200 * s, 36), (400 + 200 * s, 36)], fill=SERIES[s], width=5)
+        draw.text((410 + 200 * s, 36), TITLES.get(method, method), fill=INK, font=big, anchor="lm")
+    page.save(path)
+
+
+def segment_image(cfg):
+    """--image: the picture, MaskCLIP's and the rectified mask side by side in one PNG. Returns its path.
+
+    Words that are not classes of the training get their Reference from the same prompt; the rest of the bias model (ReCLIP's
+    P, ReCLIP++'s decoder) has an output a class and stays out for them.
+    """
+    path = Path(cfg.out) / "rectify.pt" if cfg.out else newest("rectify.pt")
+    segmenter = Segmenter.load(path, device=cfg.device)
+    trained, cfg_image = segmenter.names, cfg.image
+    words = class_names(cfg) if cfg.names else trained
+    print(f"segmenting {cfg_image} with {path}")
+    image = load_image(cfg_image)[None]
+    x = fit(image, recipe_of(segmenter.cfg)["size"])
+    with torch.no_grad():
+        f, R, method = segmenter.features(x), segmenter.reference(), segmenter.cfg.method
+        if set(words) <= set(trained):
+            chosen = [trained.index(w) for w in words]
+            maps = {"MaskCLIP": similarity(f, segmenter.T[chosen]), method: segmenter.rectified(f, R)[:, chosen]}
+        else:
+            _, tokenizer = load_clip(segmenter.cfg, segmenter.device)
+            tokens, L = name_tokens(segmenter.clip, tokenizer, words)
+            warn_of_new_words(segmenter.clip, tokens, words)
+            V = segmenter.rectifier.V
+            V = (V if V.ndim == 2 else V.mean(0))[:L]   # a name longer than those of the training takes the last tokens' place
+            R = reference_features(segmenter.clip, V, tokens.to(segmenter.device))
+            R = F.normalize(R, dim=1) * len(trained) ** (-0.5 if segmenter.cfg.norm == "frobenius" else 0)
+            T = text_features(segmenter.clip, tokenizer, words)
+            maps = {"MaskCLIP": similarity(f, T), "Reference alone": similarity(f, T) - similarity(f, R)}
+            print(f"{', '.join(w for w in words if w not in trained)}: not among the {len(trained)} classes of the training; "
+                  "the Reference prompt alone rectifies")
+    patch = segmenter.clip.visual.patch_size[0]
+    masks = {k: upsample(l, patch, x.shape[-2:], image.shape[-2:]).argmax(1)[0].cpu() for k, l in maps.items()}
+    photo = image[0]
+    row = [Image.fromarray(photo.permute(1, 2, 0).numpy())] + [paint(m, photo) for m in masks.values()]
+    cell = 360
+    page = grid([("", row)], words, sorted(set(torch.stack(list(masks.values())).flatten().tolist())), cell)
+    titled = Image.new("RGB", (page.width, page.height + 36), PAPER)
+    titled.paste(page, (0, 36))
+    for k, title in enumerate(["picture", *masks]):
+        centre = (20 + k * (cell + 8) + cell / 2, 18)
+        ImageDraw.Draw(titled).text(centre, title, fill=INK, font=ImageFont.load_default(22), anchor="mm")
+    target = path.parent / f"{Path(cfg_image).stem}.overlay.png"
+    titled.save(target)
+    return target
+
+
+# ============================================================================================================= 8 main
+
+def newest(name, root="runs"):
+    """The newest file of this name in a run's folder. Raises UserError where there is none."""
+    runs = sorted(Path(root).glob(f"*/{name}"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise UserError(f"no {name} under {root}/; make one with `python {Path(name).stem}.py`")
+    return runs[-1]
+
+
+def print_table(results, names):
+    """IoU of every class and the mean, a column a method; with the gain over the first where there are two."""
+    methods, wide = list(results), max(len(n) for n in [*names, "mIoU"])
+    print("\n" + " " * wide + "".join(f"{m:>11}" for m in methods) + ("       gain" if len(methods) > 1 else ""))
+    rows = [(n, [results[m]["IoU"][n] for m in methods]) for n in names] + [("mIoU", [results[m]["mIoU"] for m in methods])]
+    for name, values in rows:
+        if name == "mIoU":
+            print("-" * (wide + 11 * (len(methods) + (len(methods) > 1))))
+        print(f"{name:<{wide}}" + "".join("          -" if v is None else f"{v:11.1f}" for v in values)
+              + (f"{values[-1] - values[0]:+11.1f}" if len(values) > 1 and None not in values else ""))
+    print()
+
+
+def versions():
+    """What computed a result: Python, the libraries and the machine."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "open_clip": version("open_clip_torch"),
+            "numpy": np.__version__, "platform": platform.platform(), "processors": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+
+
+def main(argv=None):
+    started = time.time()
+    cfg = command_line(Config, __doc__, argv)
+    if cfg.image:
+        print(f"wrote {segment_image(cfg)}")
+        return
+    if cfg.eval:
+        state = load_checkpoint(Path(cfg.eval))
+        for key in ("dataset", "clip"):
+            if getattr(cfg, key) and getattr(cfg, key) != state["config"][key]:
+                raise UserError(f"{cfg.eval}: was trained with --{key} {state['config'][key]}, not {getattr(cfg, key)}")
+        cfg = replace(Config(**state["config"]), eval=cfg.eval, device=cfg.device, out=cfg.out or str(Path(cfg.eval).parent))
+    cfg = complete(cfg)
+    np.random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    names, folder, out = state["names"] if cfg.eval else class_names(cfg), dataset_folder(cfg), Path(cfg.out)
+    samples, val = list_samples(folder, "train"), list_samples(folder, "val")
+    val = [s for s in val if s.label]
+    device = pick_device(cfg)
+    print(f"{cfg.method} on {folder}: {len(samples)} images to learn from, {len(val)} labelled ones to measure on, "
+          f"{len(names)} classes, {device}")
+    segmenter = Segmenter(cfg, names, device)
+    out.mkdir(parents=True, exist_ok=True)
+    seconds = {}
+
+    if cfg.eval:
+        segmenter.restore(state)
+        segmenter.rectifier.eval()
+    elif cfg.resume and (out / "rectify.pt").is_file() and not (out / "rectify.partial.pt").is_file():
+        state = load_checkpoint(out / "rectify.pt")
+        refuse_other_run(state, cfg, names, out / "rectify.pt")
+        segmenter.restore(state)
+        segmenter.rectifier.eval()
+        print("that run is complete; measuring it again")
+    elif cfg.method != "maskclip":
+        data = training_data(segmenter, samples)
+        print(f"hypothesis: {data[2].float().sum(1).mean():.2f} classes an image")
+        seconds["features"] = round(time.time() - started, 1)
+        train(segmenter, data, out, cfg.resume)
+        save(out / "rectify.pt", segmenter.state())
+        (out / "rectify.partial.pt").unlink()
+    seconds["training"] = round(time.time() - started - sum(seconds.values()), 1)
+
+    if not val:
+        print(f"no labelled validation images in {folder}: nothing to measure. Look at one with "
+              f"`python rectify.py --image PICTURE --out {out}`")
+        return
+    masks = lambda images: predict(segmenter, images)
+    results, found = evaluate(masks, val, names)
+    hypothesis = judge(hypotheses(segmenter, val), classes_present(val, len(names)))
+    seconds["evaluation"] = round(time.time() - started - sum(seconds.values()), 1)
+    report = {"results": results, "hypothesis": hypothesis, "config": asdict(cfg), "versions": versions(), "seconds": seconds}
+    write_text(out / "rectify.json", json.dumps(report, indent=1))
+    figure1a(found, recipe_of(cfg)["ring"], out / "figure1a.png")
+    figure4(masks, val, names, out / "figure4.png")
+    print_table(results, names)
+    print("hypothesis on val: precision {precision:.3f}, recall {recall:.3f}, {classes_per_image:.2f} classes an image"
+          .format(**hypothesis))
+    print(f"{time.time() - started:.0f} s in all. Wrote {out}/: rectify.json, figure1a.png, figure4.png"
+          + ("" if cfg.method == "maskclip" else ", rectify.pt, log.jsonl"))
+
+
+def write_text(path, text):
+    """Write a file that is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text + "\n")
+    temporary.replace(path)
+
+
+def run(main):
+    """Call a script's main; what the user can mend is one line and exit code 2, an interrupt says how to go on."""
+    try:
+        return main()
+    except UserError as error:
+        message, code = f"error: {error}", 2
+    except KeyboardInterrupt:
+        message, code = "\ninterrupted; the same command with --resume goes on", 130
+    print(message, file=sys.stderr)                     # only here are the frames gone, and with them the progress bars
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run(main)
