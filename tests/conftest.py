@@ -1,0 +1,44 @@
+"""What the tests of all scripts share: Emoji VOC unpacked once, a miniature of it, and the tiny CLIP."""
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import rectify  # noqa: E402  (after the path to it)
+
+
+@pytest.fixture(scope="session")
+def emoji(tmp_path_factory):
+    """The folder to give as --root: Emoji VOC, unpacked from its archive by the very code that a user runs."""
+    root = tmp_path_factory.mktemp("data")
+    rectify.dataset_folder(rectify.complete(rectify.Config(root=str(root))))
+    return root
+
+
+@pytest.fixture(scope="session")
+def mini(emoji, tmp_path_factory):
+    """A folder for --data, in VOC's layout: 24 training and 8 validation pictures of Emoji VOC; and its names.txt."""
+    source, folder = emoji / "emoji/VOCdevkit/VOC2012", tmp_path_factory.mktemp("own") / "mini"
+    for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / part).mkdir(parents=True)
+    for split, count in (("train", 24), ("val", 8)):
+        index = f"ImageSets/Segmentation/{split}.txt"
+        names = sorted((source / index).read_text().split())
+        names = names[::len(names) // count][:count]
+        (folder / index).write_text("\n".join(names) + "\n")
+        for name in names:
+            shutil.copy(source / f"JPEGImages/{name}.jpg", folder / "JPEGImages")
+            shutil.copy(source / f"SegmentationClass/{name}.png", folder / "SegmentationClass")
+    (folder / "names.txt").write_text("\n".join(rectify.VOC_NAMES) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The tiny CLIP that ships with the repository, and its tokenizer."""
+    return rectify.load_clip(rectify.complete(rectify.Config()), torch.device("cpu"))

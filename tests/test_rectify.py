@@ -1,0 +1,969 @@
+"""What rectify.py promises, in its own order: CLIP as open_clip computes it, the paper's equations as slow loops, where the
+gradients go, learning without ground truth, repeatability, the measure, the command line, and bad input.
+
+    python -m pytest tests/test_rectify.py
+
+Everything that trains does so on 24 pictures (the fixture `mini`), but for one run of the real command line.
+"""
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import fields
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import rectify
+from rectify import VOID, Config, UserError, complete, main
+
+CPU = torch.device("cpu")
+METHODS = ["reclip", "reclip++"]
+
+
+def run(*args):
+    """rectify.py's command line in this process; what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main([str(a) for a in args])
+    return printed.getvalue()
+
+
+def own(folder, out, *args):
+    """The arguments of a short run on a folder like `mini`."""
+    return ["--data", folder, "--names", folder / "names.txt", "--out", out, "--epochs", 6, "--views", 1, *args]
+
+
+def weights(out):
+    """What a run has learned: the tensors of the Rectifier in its checkpoint."""
+    return torch.load(out / "rectify.pt", weights_only=True)["rectifier"]
+
+
+def same(a, b):
+    """Bit for bit the same tensors under the same names."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def trained(mini, tmp_path_factory):
+    """A finished short run of each method on `mini`: {method: (out, printed, results)}."""
+    runs = {}
+    for method in METHODS:
+        out = tmp_path_factory.mktemp("runs") / method
+        printed = run(*own(mini, out, "--method", method))
+        runs[method] = SimpleNamespace(out=out, printed=printed, json=json.loads((out / "rectify.json").read_text()))
+    return runs
+
+
+@pytest.fixture
+def copy(mini, tmp_path):
+    """A copy of `mini` that a test may spoil."""
+    return shutil.copytree(mini, tmp_path / "copy")
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A folder in VOC's layout with 2 + 2 pictures of noise and three classes: quick to read, easy to spoil."""
+    folder, random = tmp_path / "small", np.random.default_rng(0)
+    for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / part).mkdir(parents=True)
+    for split in ("train", "val"):
+        for k in range(2):
+            Image.fromarray(random.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / f"JPEGImages/{split}{k}.jpg")
+            write_mask(folder / f"SegmentationClass/{split}{k}.png", random.integers(0, 4, (40, 50)))
+        (folder / f"ImageSets/Segmentation/{split}.txt").write_text(f"{split}0\n{split}1\n")
+    (folder / "names.txt").write_text("cat\ndog\nhorse\n")
+    return folder
+
+
+def write_mask(path, array):
+    """A palette PNG as VOC has it."""
+    mask = Image.fromarray(np.asarray(array, np.uint8), "L")
+    mask.putpalette(rectify.palette())
+    mask.save(path)
+
+
+def noise(*shape):
+    """Repeatable uint8 pictures."""
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+# ===================================================================================== CLIP is open_clip's own CLIP
+
+@pytest.fixture(scope="module")
+def large():
+    """ViT-B-16-quickgelu as VOC uses it, with random weights."""
+    torch.manual_seed(0)
+    clip = open_clip.create_model("ViT-B-16-quickgelu").eval()
+    torch.nn.init.normal_(clip.visual.positional_embedding, std=0.1)
+    return clip
+
+
+@pytest.mark.parametrize("which", ["tiny", "large"])
+@torch.no_grad()
+def test_with_ordinary_attention_the_image_tower_is_open_clips(which, request):
+    """Parity: "stock" gives open_clip's own pooled image feature to 1e-5."""
+    clip = request.getfixturevalue(which)
+    clip = clip[0] if which == "tiny" else clip
+    x = rectify.normalise(clip, noise(1 if which == "large" else 4, 3, *clip.visual.image_size))
+    assert torch.allclose(rectify.encode_image(clip, x, "stock"), clip.encode_image(x, normalize=True), atol=1e-5)
+
+
+@torch.no_grad()
+def test_normalise_is_clips_own_preprocessing(tiny):
+    """Same mean and std as open_clip's transform of the same model, on a picture of the right size."""
+    clip = tiny[0]
+    picture = noise(3, *clip.visual.image_size)
+    settings = open_clip.transform.PreprocessCfg(**clip.visual.preprocess_cfg)
+    transform = open_clip.transform.image_transform_v2(settings, is_train=False)
+    theirs = transform(Image.fromarray(picture.permute(1, 2, 0).numpy()))
+    assert torch.allclose(rectify.normalise(clip, picture[None])[0], theirs, atol=1e-6)
+
+
+def test_positional_embedding_of_its_own_grid_is_unchanged(tiny, large):
+    """PE at (i, j) is open_clip's row 1 + i·w + j to the bit; on another grid it is resized, not cut."""
+    for clip in (tiny[0], large):
+        h, w = clip.visual.grid_size
+        pe = rectify.positional_embedding(clip, (h, w))
+        for i, j in [(0, 0), (0, w - 1), (h - 1, 0), (h // 2, w // 3)]:
+            assert torch.equal(pe[0, :, i, j], clip.visual.positional_embedding[1 + i * w + j])
+        assert rectify.positional_embedding(clip, (h + 3, w - 2)).shape == (1, pe.size(1), h + 3, w - 2)
+
+
+def slow_dense(clip, x, features):
+    """Dense features of one picture of CLIP's own size: a loop over patches, heads and tokens, from the papers."""
+    visual = clip.visual
+    p, (h, w), block = visual.patch_size[0], visual.grid_size, visual.transformer.resblocks[-1]
+    tokens = [visual.class_embedding + visual.positional_embedding[0]]
+    for i in range(h):
+        for j in range(w):
+            patch = x[:, i * p:(i + 1) * p, j * p:(j + 1) * p]
+            tokens.append((visual.conv1.weight * patch).sum((1, 2, 3)) + visual.positional_embedding[1 + i * w + j])
+    x = visual.ln_pre(torch.stack(tokens))
+    for earlier in visual.transformer.resblocks[:-1]:
+        x = earlier(x[None])[0]
+    W, b, heads = block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3), block.attn.num_heads
+    q, k, v = ([W[s] @ block.ln_1(token) + b[s] for token in x] for s in range(3))
+    d = len(v[0]) // heads
+    f = []
+    for n in range(1, len(x)):
+        parts = []
+        for head in (slice(s * d, (s + 1) * d) for s in range(heads)):
+            attention = lambda u: torch.stack([u[n][head] @ other[head] for other in u]) / math.sqrt(d)
+            if features == "maskclip":
+                parts.append(v[n][head])
+                continue
+            elif features == "sclip":
+                A = attention(q).softmax(0) + attention(k).softmax(0)
+            elif features == "clearclip":
+                A = attention(q).softmax(0)
+            elif features == "naclip":
+                at = lambda m: ((m - 1) // w, (m - 1) % w)
+                near = [0.] + [math.exp(-math.dist(at(n), at(m)) ** 2 / 50) for m in range(1, len(x))]
+                A = (attention(k) + torch.tensor(near)).softmax(0)
+            parts.append(sum(a * value[head] for a, value in zip(A, v)))
+        y = block.attn.out_proj(torch.cat(parts))
+        if features in ("maskclip", "sclip"):
+            y = y + x[n]
+            y = y + block.mlp(block.ln_2(y))
+        y = visual.ln_post(y) @ visual.proj
+        f.append(y / y.norm())
+    return torch.stack(f).T.view(-1, h, w)
+
+
+@pytest.mark.parametrize("features", ["maskclip", "sclip", "clearclip", "naclip"])
+@torch.no_grad()
+def test_dense_features_equal_a_loop_over_tokens(tiny, features):
+    x = rectify.normalise(tiny[0], noise(1, 3, *tiny[0].visual.image_size))
+    assert torch.allclose(rectify.encode_image(tiny[0], x, features)[0], slow_dense(tiny[0], x[0], features), atol=1e-4)
+
+
+@pytest.mark.parametrize("features", ["maskclip", "sclip", "clearclip", "naclip"])
+@torch.no_grad()
+def test_dense_features_of_any_size(tiny, features):
+    """Any H×W: the last patch of a row or column may be partly padding; every feature is unit."""
+    clip = tiny[0]
+    p = clip.visual.patch_size[0]
+    for H, W in [(2 * p + 1, 5 * p - 1), (p, 3 * p), (7, 5)]:
+        f = rectify.encode_image(clip, rectify.normalise(clip, noise(2, 3, H, W)), features)
+        assert f.shape == (2, clip.visual.proj.size(1), math.ceil(H / p), math.ceil(W / p))
+        assert torch.allclose(f.norm(dim=1), torch.ones(f[:, 0].shape), atol=1e-5)
+
+
+def test_text_features_are_unit_means_of_85_sentences(tiny):
+    """T has unit rows; each is the direction of the mean of 85 unit text features, all of them naming the class."""
+    clip, tokenizer = tiny
+    sentences = [template("dog") for template in rectify.templates()]
+    assert len(set(sentences)) == 85 and all("dog" in s for s in sentences)
+    T = rectify.text_features(clip, tokenizer, ["cat", "dog"])
+    assert torch.allclose(T.norm(dim=1), torch.ones(2), atol=1e-6)
+    with torch.no_grad():
+        mean = sum(clip.encode_text(tokenizer([s]), normalize=True)[0] for s in sentences) / 85
+    assert torch.allclose(T[1], mean / mean.norm(), atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", ["shared", "per-class"])
+@torch.no_grad()
+def test_the_reference_prompt_goes_through_the_true_text_encoder(tiny, prompt):
+    """With a sentence's embeddings in place of the learnable tokens, R is open_clip's encode_text of sentence and name."""
+    clip, tokenizer = tiny
+    names = ["dog", "potted plant"]
+    starts = ["a picture of one small red"] * 2
+    if prompt == "per-class":
+        starts[1] = "there is no very large blue"
+    tokens, longest = rectify.name_tokens(clip, tokenizer, names)
+    V = torch.stack([clip.token_embedding(tokenizer([s])[0, 1:1 + len(s.split())]) for s in starts])
+    R = rectify.reference_features(clip, V[0] if prompt == "shared" else V, tokens)
+    theirs = clip.encode_text(tokenizer([f"{s} {n}" for s, n in zip(starts, names)]))
+    assert torch.allclose(R, theirs, atol=1e-5)
+    eot = tokenizer(["dog"]).max()
+    assert (tokens == eot).any(1).all(), "a name lost its end"
+    assert 1 + longest + tokens.size(1) == clip.positional_embedding.size(0), "the prompt does not fill the context"
+
+
+# ============================================================================================ equations are slow loops
+
+@pytest.fixture
+def case():
+    """Random f, T, R, y, masks and padding: B=2 C=3 D=4, 3×5 patches."""
+    g = torch.Generator().manual_seed(1)
+    f = F.normalize(torch.randn(2, 4, 3, 5, generator=g), dim=1)
+    T, R = F.normalize(torch.randn(3, 4, generator=g), dim=1), torch.randn(3, 4, generator=g)
+    M = F.one_hot(torch.randint(2, (2, 3, 5), generator=g), 3).permute(0, 3, 1, 2).float()          # class 2 has no pixel
+    valid = torch.ones(2, 3, 5, dtype=torch.bool)
+    valid[1, 2], valid[1, :, 3:] = False, False
+    y = torch.tensor([[True, True, True], [False, True, False]])
+    return SimpleNamespace(f=f, T=T, R=R, M=M, valid=valid, y=y, B=2, C=3, D=4, h=3, w=5)
+
+
+@pytest.mark.parametrize("pool", ["grid", "mask"])
+def test_contrastive_loss_equals_a_loop(case, pool):
+    """Mean over an image's classes of CE(scale · z·Tᵀ, c), mean over images; z from picture patches only, never padding."""
+    scale, images = 12.5, []
+    for b in range(case.B):
+        losses = []
+        for c in range(case.C):
+            if not case.y[b, c]:
+                continue
+            z, area, patches = torch.zeros(case.D), 0, 0
+            for i in range(case.h):
+                for j in range(case.w):
+                    if case.valid[b, i, j]:
+                        z = z + case.M[b, c, i, j] * case.f[b, :, i, j]
+                        area, patches = area + case.M[b, c, i, j], patches + 1
+            z = z / (patches if pool == "grid" else max(area, 1))
+            e = [math.exp(scale * float(z @ case.T[k])) for k in range(case.C)]
+            losses.append(-math.log(e[c] / sum(e)))
+        images.append(sum(losses) / len(losses))
+    loss = rectify.contrastive_loss(case.M, case.f, case.T, case.y, scale, case.valid, pool)
+    assert loss.item() == pytest.approx(sum(images) / len(images), rel=1e-5)
+
+
+def test_bias_maps_equal_loops(case):
+    """ReCLIP: B = f·Rᵀ + P. ReCLIP++: B = P·Rᵀ."""
+    P, Q = torch.randn(case.C, case.h, case.w), torch.randn(case.D, case.h, case.w)
+    reclip, reclip_pp = rectify.bias_reclip(case.f, case.R, P), rectify.bias_reclip_pp(case.R, Q)
+    assert reclip.shape == (case.B, case.C, case.h, case.w) and reclip_pp.shape == (case.C, case.h, case.w)
+    for c in range(case.C):
+        for i in range(case.h):
+            for j in range(case.w):
+                assert reclip_pp[c, i, j].item() == pytest.approx(float(Q[:, i, j] @ case.R[c]), abs=1e-5)
+                for b in range(case.B):
+                    expected = float(case.f[b, :, i, j] @ case.R[c] + P[c, i, j])
+                    assert reclip[b, c, i, j].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("space", ["on", "off"])
+def test_rectified_logits_subtract_the_bias(case, method, space):
+    """ReCLIP: f·Tᵀ − f·Rᵀ − P. ReCLIP++: the decoder of [f; f·Tᵀ − P·Rᵀ]. Without the space term P is gone."""
+    cfg = Config(method=method, space=space, prompt="shared", start="random")
+    rectifier = rectify.Rectifier(cfg, case.C, case.D, d_image=6, d_text=5, L=2).eval()
+    PE = torch.randn(1, 6, case.h, case.w)
+    with torch.no_grad():
+        P = rectifier.g(PE)[0] if space == "on" else torch.zeros([])
+        logits = torch.einsum("bdhw,cd->bchw", case.f, case.T)
+        if method == "reclip":
+            expected = logits - torch.einsum("bdhw,cd->bchw", case.f, case.R) - P
+        else:
+            product = torch.einsum("dhw,cd->chw", P, case.R) if space == "on" else 0
+            expected = rectifier.decoder(torch.cat([case.f, logits - product], 1))
+        assert torch.allclose(rectifier(case.f, case.T, case.R, PE), expected, atol=1e-5)
+
+
+def test_reclip_starts_at_what_clip_knows(case):
+    """With --start zero the space term is 0 until something is learned; with random it is not."""
+    PE = torch.randn(1, 6, case.h, case.w)
+    for method in METHODS:
+        for start in ("zero", "random"):
+            rectifier = rectify.Rectifier(Config(method=method, start=start), case.C, case.D, d_image=6, d_text=5, L=2)
+            assert (rectifier.g(PE).abs().max() == 0) == (start == "zero")
+
+
+def test_gumbel_masks_are_one_hot(case):
+    """One class a pixel; at a large α it is the best one; and the gradient passes through."""
+    logits = torch.randn(case.B, case.C, case.h, case.w, requires_grad=True)
+    M = rectify.gumbel_mask(logits, 1.0)
+    assert torch.allclose(M, F.one_hot(M.argmax(1), case.C).permute(0, 3, 1, 2).float(), atol=1e-6)
+    M[:, 0].sum().backward()
+    assert (logits.grad != 0).any()
+    assert torch.equal(rectify.gumbel_mask(logits, 1e6).argmax(1), logits.argmax(1))
+
+
+def test_norm_of_R(case):
+    """Frobenius: the whole matrix has length 1 and the rows keep their proportions; rows: each has length 1."""
+    R = rectify.set_norm(case.R, "frobenius")
+    assert R.square().sum().item() == pytest.approx(1, abs=1e-5)
+    assert torch.allclose(R / R[0, 0], case.R / case.R[0, 0], rtol=1e-4)
+    assert torch.allclose(rectify.set_norm(case.R, "rows").square().sum(1), torch.ones(case.C), atol=1e-5)
+
+
+def test_denoising_drops_what_is_nowhere_probable():
+    """A class whose best probability in the image stays below `least` gets -inf there; where all would go, all stay."""
+    logits = torch.tensor([[[[5., 0.]], [[0., 5.]], [[1., 1.]]],                    # 0 and 1 each sure of a pixel, 2 nowhere
+                           [[[.1, .1]], [[.1, .1]], [[.1, .1]]]])                   # nobody sure of anything
+    clean = rectify.denoise(logits, 1.0, 0.5)
+    assert torch.equal(clean[0, :2], logits[0, :2]) and torch.isneginf(clean[0, 2]).all()
+    assert torch.equal(clean[1], logits[1])
+    assert torch.equal(rectify.denoise(logits, 1.0, 0), logits)                     # 0 is off
+
+
+def bilinear(a, H, W):
+    """A h×w array at H×W: bilinear between pixel centres, by hand."""
+    h, w = a.shape
+    out = np.empty((H, W))
+    for i in range(H):
+        for j in range(W):
+            y, x = (min(max((k + 0.5) * n / N - 0.5, 0), n - 1) for k, n, N in ((i, h, H), (j, w, W)))
+            y0, x0 = int(y), int(x)
+            y1, x1, dy, dx = min(y0 + 1, h - 1), min(x0 + 1, w - 1), y - y0, x - x0
+            out[i, j] = ((1 - dy) * ((1 - dx) * a[y0, x0] + dx * a[y0, x1]) + dy * ((1 - dx) * a[y1, x0] + dx * a[y1, x1]))
+    return out
+
+
+def test_upsampling_in_two_steps():
+    """Grid -> resized picture (padding cut off) -> original size, each bilinear; a class denoised away never wins."""
+    logits = torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    for original in [(31, 17), (8, 9)]:
+        big = rectify.upsample(logits, 4, (11, 14), original)
+        assert big.shape == (1, 2, *original)
+        for c in range(2):
+            by_hand = bilinear(bilinear(logits[0, c].numpy(), 12, 16)[:11, :14], *original)
+            np.testing.assert_allclose(big[0, c].numpy(), by_hand, atol=1e-5)
+    logits[:, 1] = -torch.inf
+    big = rectify.upsample(logits, 4, (11, 14), (31, 17))
+    assert not big.isnan().any() and (big.argmax(1) == 0).all()
+
+
+# ============================================================================================================ hypothesis
+
+@pytest.fixture
+def seen(tiny):
+    """A Segmenter of Emoji VOC that does not train, four square pictures, and stock CLIP's cosines of any pictures."""
+    clip, tokenizer = tiny
+    segmenter = rectify.Segmenter(complete(Config(method="maskclip")), rectify.VOC_NAMES[:6], CPU)
+    side = rectify.recipe_of(segmenter.cfg)["size"][1]
+    cosines = lambda images: clip.encode_image(rectify.normalise(clip, images), normalize=True) @ segmenter.T.T
+    return segmenter, noise(4, 3, side, side), torch.no_grad()(cosines)
+
+
+@pytest.mark.parametrize("rule", ["threshold", "softmax"])
+def test_hypothesis_by_threshold(seen, rule):
+    """y_c = [cos ≥ t], or [softmax(scale · cos) ≥ t]; an image in which none passes gets its best K."""
+    segmenter, images, cosines = seen
+    s = cosines(images)
+    if rule == "softmax":
+        e = (segmenter.clip.logit_scale.exp() * s).exp()
+        s = e / e.sum(1, keepdim=True)
+    segmenter.cfg.hypothesis = rule
+    segmenter.cfg.t = t = s[0].sort().values[2:4].mean().item()                     # the best three of six pass in image 0
+    expected = s >= t
+    for row, score in zip(expected, s):
+        if not row.any():
+            row[score.topk(segmenter.cfg.top_k).indices] = True
+    y = rectify.hypothesise(segmenter, images)
+    assert y[0].sum() == 3 and torch.equal(y, expected)
+    segmenter.cfg.t, segmenter.cfg.top_k = 0.9999, 2
+    best = s.topk(2).indices.sort(1).values
+    assert torch.equal(rectify.hypothesise(segmenter, images).nonzero()[:, 1].view(4, 2), best)
+
+
+def test_hypothesis_by_windows(seen):
+    """A window moves over the image by half its side; y is every class that is best in some window."""
+    segmenter, images, cosines = seen
+    segmenter.cfg.hypothesis = "windows"
+    window, side, expected = rectify.recipe_of(segmenter.cfg)["window"], images.size(-1), torch.zeros(4, 6, dtype=torch.bool)
+    for top in range(0, side - window + 1, window // 2):
+        for left in range(0, side - window + 1, window // 2):
+            tile = images[..., top:top + window, left:left + window]
+            tile = rectify.v2.functional.resize(tile, segmenter.clip.visual.image_size)
+            expected[range(4), cosines(tile).argmax(1)] = True
+    assert torch.equal(rectify.hypothesise(segmenter, images), expected)
+
+
+def test_augmented_views_say_what_is_padding():
+    """A view is crop×crop whatever the picture; outside the extent it is black; the seed decides it."""
+    recipe, picture = rectify.RECIPES["emoji"], noise(3, 60, 150).clamp(min=60)
+    for seed in range(8):
+        views = []
+        for _ in range(2):
+            np.random.seed(seed), torch.manual_seed(seed)
+            views.append(rectify.augmented(picture, recipe))
+        (view, (height, width)), (again, _) = views
+        assert view.shape == (3, recipe["crop"], recipe["crop"]) and torch.equal(view, again)
+        assert view[:, height:].sum() == 0 and view[:, :, width:].sum() == 0 and 0 < height <= recipe["crop"] and 0 < width
+
+
+# ==================================================================================== gradients reach what is learned
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_reaches_exactly_the_learnable_parts(mini, method):
+    """Every tensor of the Rectifier gets a gradient from the loss, and nothing of CLIP."""
+    torch.manual_seed(0)
+    segmenter = rectify.Segmenter(complete(Config(method=method, start="random")), rectify.VOC_NAMES, CPU)
+    segmenter.rectifier.train()
+    samples = rectify.list_samples(mini, "train")
+    _, images, _ = next(rectify.batches_of_one_size(samples, 4))
+    y, f = rectify.hypothesise(segmenter, images), segmenter.features(images)
+    M = rectify.gumbel_mask(segmenter.rectified(f, segmenter.reference()), segmenter.cfg.alpha)
+    rectify.contrastive_loss(M, f, segmenter.T, y, segmenter.scale, torch.ones_like(M[:, 0]).bool(), "grid").backward()
+    for name, parameter in segmenter.rectifier.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, f"{name} learns nothing"
+    for name, parameter in segmenter.clip.named_parameters():
+        assert parameter.grad is None and not parameter.requires_grad, f"{name} of CLIP is not frozen"
+
+
+def test_finetune_trains_the_image_encoder_and_compares_with_stock_clip(mini, trained, tiny, tmp_path):
+    """Table 8: the encoder's weights move and are in the checkpoint; MaskCLIP and the hypothesis stay stock CLIP's."""
+    run(*own(mini, tmp_path, "--finetune", "--epochs", 1))
+    stock, tuned = tiny[0].visual.state_dict(), torch.load(tmp_path / "rectify.pt", weights_only=True)["clip"]
+    assert tuned.keys() == stock.keys() and not same(tuned, stock)
+    report = json.loads((tmp_path / "rectify.json").read_text())
+    assert report["results"]["maskclip"] == trained["reclip++"].json["results"]["maskclip"]
+    assert report["hypothesis"] == trained["reclip++"].json["hypothesis"]
+
+
+# =============================================================================================================== learning
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_lowers_the_loss(trained, method):
+    """log.jsonl has a line an epoch; the last loss is below the first; the rate falls to 0."""
+    lines = log(trained[method].out)
+    assert [line["epoch"] for line in lines] == list(range(1, 7))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    rates = [line["lr"] for line in lines]
+    assert rates == sorted(rates, reverse=True) and rates[-1] == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpoint_is_plain(trained, method):
+    """rectify.pt loads without running anything, holds names and all readings; no unfinished file stays beside it."""
+    out = trained[method].out
+    state = torch.load(out / "rectify.pt", weights_only=True)
+    assert state["names"] == rectify.VOC_NAMES and state["clip"] is None
+    assert {f.name for f in fields(Config)} <= state["config"].keys() and state["config"]["norm"] in ("frobenius", "rows")
+    assert {p.name for p in out.iterdir()} == {"rectify.pt", "rectify.json", "log.jsonl", "figure1a.png", "figure4.png"}
+
+
+def test_the_real_command_line(emoji, tmp_path):
+    """All of Emoji VOC, one epoch: rectify.json has the promised shape, numbers in percent, figures, and a table to read."""
+    printed = run("--root", emoji, "--out", tmp_path, "--epochs", 1, "--views", 1)
+    report = json.loads((tmp_path / "rectify.json").read_text())
+    assert list(report) == ["results", "hypothesis", "config", "versions", "seconds"]
+    assert list(report["results"]) == ["maskclip", report["config"]["method"]]
+    for result in report["results"].values():
+        assert list(result["IoU"]) == rectify.VOC_NAMES and all(0 <= v <= 100 for v in result["IoU"].values())
+        assert result["mIoU"] == pytest.approx(np.mean(list(result["IoU"].values())), abs=0.01)
+    assert 10 < report["results"]["maskclip"]["mIoU"] < 90, "percent, and far better than 1 of 20 by chance"
+    assert 0.4 < report["hypothesis"]["precision"] <= 1 and 0.4 < report["hypothesis"]["recall"] <= 1
+    assert 1 <= report["hypothesis"]["classes_per_image"] <= 4
+    assert {"torch", "open_clip", "python"} <= report["versions"].keys()
+    assert {"training", "evaluation"} <= report["seconds"].keys()
+    row = re.search(r"^mIoU +([\d.]+) +([\d.]+) +([-+][\d.]+)$", printed, re.M)
+    values = [r["mIoU"] for r in report["results"].values()]
+    assert [float(v) for v in row.groups()] == pytest.approx([*values, values[1] - values[0]], abs=0.051)
+    for figure in ("figure1a.png", "figure4.png"):
+        with Image.open(tmp_path / figure) as image:
+            assert image.format == "PNG" and min(image.size) > 300 and len(image.convert("RGB").getcolors(2 ** 20)) > 5
+
+
+def test_maskclip_alone(mini, trained, tmp_path):
+    """--method maskclip trains nothing and reports the very baseline that the other runs show beside their own."""
+    run(*own(mini, tmp_path, "--method", "maskclip"))
+    results = json.loads((tmp_path / "rectify.json").read_text())["results"]
+    assert results == {"maskclip": trained["reclip"].json["results"]["maskclip"]} and not (tmp_path / "rectify.pt").exists()
+
+
+# =========================================================================================== ground truth is not needed
+
+def test_scrambled_masks_change_nothing_that_is_learned(copy, trained, tmp_path):
+    """Unsupervised: other classes in every mask, to the bit the same weights; only the measured numbers differ."""
+    random = np.random.default_rng(0)
+    for path in (copy / "SegmentationClass").iterdir():
+        write_mask(path, random.integers(0, 21, Image.open(path).size[::-1]))
+    run(*own(copy, tmp_path / "out", "--method", "reclip++"))
+    assert same(weights(tmp_path / "out"), weights(trained["reclip++"].out))
+    assert json.loads((tmp_path / "out/rectify.json").read_text())["results"] != trained["reclip++"].json["results"]
+
+
+@pytest.mark.parametrize("layout", ["VOC without masks", "just pictures"])
+def test_no_masks_change_nothing_that_is_learned(copy, trained, tmp_path, layout):
+    """A folder without labels trains to the same weights, skips the evaluation and says so."""
+    if layout == "VOC without masks":
+        shutil.rmtree(copy / "SegmentationClass")
+    else:
+        plain = tmp_path / "plain/holiday"
+        plain.mkdir(parents=True)
+        for sample in rectify.list_samples(copy, "train"):
+            shutil.copy(sample.image, plain)
+        shutil.move(copy / "names.txt", tmp_path / "plain/names.txt")
+        copy = plain.parent
+    printed = run(*own(copy, tmp_path / "out", "--method", "reclip++"))
+    assert same(weights(tmp_path / "out"), weights(trained["reclip++"].out))
+    assert "nothing to measure" in printed and not (tmp_path / "out/rectify.json").exists()
+
+
+# ========================================================================================================= repeatability
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_seed_decides_the_weights(mini, trained, tmp_path, seed):
+    """Same seed, same numbers to the bit; another seed, others."""
+    run(*own(mini, tmp_path, "--method", "reclip", "--seed", seed))
+    assert same(weights(tmp_path), weights(trained["reclip"].out)) == (seed == 0)
+
+
+def test_kill_and_resume(mini, tmp_path):
+    """kill -9 in the middle, then --resume: the weights and the log of a run that nothing interrupted."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    args = lambda out: [str(a) for a in own(mini, out, "--epochs", 30, "--views", 2)]
+    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, rectify.__file__, *args(killed)], **silent)
+    while not (killed / "rectify.partial.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it was to be killed in the middle"
+    done = torch.load(killed / "rectify.partial.pt", weights_only=True)["epoch"]
+    assert 1 <= done < 30 and not (killed / "rectify.pt").exists()
+    if len(log(killed)) == done:            # as if it had been killed between writing the log and saving the epoch
+        with open(killed / "log.jsonl", "a") as file:
+            file.write(json.dumps({"epoch": done + 1, "loss": 0, "lr": 0}) + "\n")
+    assert f"resuming after epoch {done} of 30" in run(*args(killed), "--resume")
+    run(*args(whole))
+    assert same(weights(killed), weights(whole)) and not (killed / "rectify.partial.pt").exists()
+    assert log(killed) == log(whole)
+
+
+def test_resume_of_a_complete_run_only_measures(mini, trained, tmp_path):
+    """--resume where nothing is left to do keeps the weights and repeats the numbers."""
+    out = shutil.copytree(trained["reclip"].out, tmp_path / "out")
+    printed = run(*own(mini, out, "--method", "reclip", "--resume"))
+    assert "complete" in printed and same(weights(out), weights(trained["reclip"].out))
+    assert json.loads((out / "rectify.json").read_text())["results"] == trained["reclip"].json["results"]
+
+
+# ============================================================================================================ the measure
+
+def test_iou_of_a_confusion_matrix_counted_by_hand():
+    """IoU = hits / (truth + prediction - hits) in percent; void pixels do not count; a class that is nowhere is NaN."""
+    label = torch.tensor([[0, 0, 1], [1, 2, VOID]], dtype=torch.uint8)
+    prediction = torch.tensor([[0, 1, 1], [1, 0, 3]])
+    matrix = rectify.confusion(label, prediction, 4)
+    assert matrix.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    each = rectify.iou(matrix)
+    assert each[:3].tolist() == pytest.approx([100 / 3, 200 / 3, 0]) and each[3].isnan()
+
+
+def test_evaluate_streams_one_matrix_over_all_images(small):
+    """mIoU of a made-up predictor equals sets of pixels compared over the whole split."""
+    samples = rectify.list_samples(small, "val")
+    guess = lambda images: {"made-up": images[:, 0].long() % 3}
+    results, found = rectify.evaluate(guess, samples, ["cat", "dog", "horse"])
+    for c, name in enumerate(["cat", "dog", "horse"]):
+        both = either = 0
+        for sample in samples:
+            truth, image = np.array(Image.open(sample.label)).astype(int) - 1, np.array(Image.open(sample.image))
+            predicted = np.where(truth < 0, -2, image[..., 0].astype(int) % 3)
+            both += ((truth == c) & (predicted == c)).sum()
+            either += ((truth == c) | (predicted == c)).sum()
+        assert results["made-up"]["IoU"][name] == pytest.approx(100 * both / either, abs=0.001)
+    assert len(found["made-up"]) == 6                                               # three classes in each of two masks
+
+
+def test_voc_labels(tmp_path):
+    """Background (0) is not evaluated and becomes void, class c becomes c - 1, 255 stays void."""
+    write_mask(tmp_path / "mask.png", [[0, 1, 2], [20, 255, 7]])
+    label = rectify.load_label(tmp_path / "mask.png", (2, 3), 20)
+    assert label.dtype == torch.uint8 and label.tolist() == [[VOID, 0, 1], [19, VOID, 6]]
+
+
+def test_objects_know_their_distance_from_the_centre():
+    """Centroid to the picture's centre in px, and IoU in percent, a pair for each class of the mask; void is no object."""
+    label = torch.full((5, 7), VOID, dtype=torch.uint8)
+    label[2, 3], label[0, 0:2], label[4, 6] = 3, 1, 0                               # centre; top left; bottom right
+    prediction = torch.zeros(5, 7, dtype=torch.long)
+    prediction[2, 3], prediction[0, 0] = 3, 1
+    found = rectify.objects(label, prediction)
+    assert found == [pytest.approx((math.hypot(2, 3), 100 / 2)),          # class 0: its pixel, and one of class 1's
+                     pytest.approx((math.hypot(2, 2.5), 100 / 2)), pytest.approx((0, 100))]
+
+
+def test_batches_hold_one_size_and_every_sample_once(mini):
+    """Pictures of several sizes in batches of one size, each with its own label by name."""
+    samples, met = rectify.list_samples(mini, "val"), []
+    for batch, images, labels in rectify.batches_of_one_size(samples, 3, 20):
+        assert len(batch) == len(images) <= 3 and labels.shape[1:] == images.shape[2:]
+        for sample, label in zip(batch, labels):
+            assert sample.label.stem == sample.image.stem == sample.name
+            assert torch.equal(label, rectify.load_label(mini / f"SegmentationClass/{sample.name}.png", label.shape, 20))
+        met += [sample.name for sample in batch]
+    assert sorted(met) == sorted(s.name for s in samples)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eval_repeats_the_numbers_of_the_training_run(trained, tmp_path, method):
+    """--eval CHECKPOINT prints the same table and writes the same results, from the checkpoint alone."""
+    printed = run("--eval", trained[method].out / "rectify.pt", "--out", tmp_path)
+    table = lambda text: [line for line in text.splitlines() if re.match(r"(mIoU|airplane|dog|tv monitor) ", line)]
+    assert table(printed) == table(trained[method].printed) and len(table(printed)) == 4
+    assert json.loads((tmp_path / "rectify.json").read_text())["results"] == trained[method].json["results"]
+
+
+def test_eval_takes_its_names_from_the_checkpoint(copy, tmp_path):
+    """A names file that changed since the training does not rename or break a checkpoint."""
+    run(*own(copy, tmp_path / "out", "--method", "reclip", "--epochs", 1))
+    before = json.loads((tmp_path / "out/rectify.json").read_text())["results"]
+    (copy / "names.txt").unlink()
+    run("--eval", tmp_path / "out/rectify.pt")
+    assert json.loads((tmp_path / "out/rectify.json").read_text())["results"] == before
+
+
+# =========================================================================================== one picture, any words
+
+@pytest.fixture
+def photo(mini, trained, tmp_path):
+    """photo.jpg, and a function that segments it with a trained run: (what it printed, the overlay's RGB array)."""
+    shutil.copy(rectify.list_samples(mini, "val")[0].image, tmp_path / "photo.jpg")
+
+    def segment(method, *args):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        shutil.copy(trained[method].out / "rectify.pt", tmp_path / "out")
+        printed = run("--image", tmp_path / "photo.jpg", "--out", tmp_path / "out", *args)
+        return printed, np.array(Image.open(tmp_path / "out/photo.overlay.png").convert("RGB"))
+    return segment
+
+
+def has_colour(picture, c):
+    return (picture == rectify.colour(c)).all(-1).sum() > 100
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_image_gives_an_overlay_with_a_legend(photo, method):
+    """Picture, baseline and rectified side by side; below, a patch in the colour of each word that was found."""
+    printed, overlay = photo(method, "--names", "dog, horse")
+    assert "photo.overlay.png" in printed and overlay.shape[1] > 2.5 * overlay.shape[0] > 500
+    assert has_colour(overlay, 0) or has_colour(overlay, 1)
+    assert not any(has_colour(overlay, c) for c in range(2, 20))                    # nothing but what was asked for
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("words", ["zebra, dog", "one very old wooden rocking chair with a red cushion, the sea"])
+def test_image_takes_words_that_training_did_not_have(photo, method, words):
+    """New words, short and long, are segmented too, and it says which the training did not know."""
+    printed, overlay = photo(method, "--names", words)
+    assert f"{words.split(',')[0]}" in printed and "not among the 20 classes" in printed
+    assert has_colour(overlay, 0) or has_colour(overlay, 1)
+
+
+def test_image_uses_the_newest_run(mini, trained, tmp_path, monkeypatch):
+    """Without --out the newest checkpoint under runs/ is taken; without --names, its own names."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(rectify.list_samples(mini, "val")[0].image, "photo.jpg")
+    with pytest.raises(UserError, match="rectify.pt"):
+        main(["--image", "photo.jpg"])
+    for age, name in [(100, "old"), (0, "new")]:
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        shutil.copy(trained["reclip"].out / "rectify.pt", f"runs/{name}")
+        os.utime(f"runs/{name}/rectify.pt", (time.time() - age,) * 2)
+    run("--image", "photo.jpg")
+    assert (tmp_path / "runs/new/photo.overlay.png").is_file() and not (tmp_path / "runs/old/photo.overlay.png").exists()
+
+
+# ============================================================================================================== pictures
+
+def test_load_image_grey_rgba_and_16_bits(tmp_path):
+    """Grey becomes three equal channels, 16 bits keep their upper 8, transparency is laid on white."""
+    ramp = np.arange(0, 240, 20, np.uint8).reshape(3, 4)
+    Image.fromarray(ramp).save(tmp_path / "grey.png")
+    Image.fromarray(ramp.astype(np.uint16) * 256 + 200).save(tmp_path / "deep.png")
+    Image.fromarray(np.dstack([ramp, ramp, ramp, 255 * (ramp > 100)]).astype(np.uint8)).save(tmp_path / "rgba.png")
+    for name in ("grey", "deep"):
+        image = rectify.load_image(tmp_path / f"{name}.png")
+        assert image.dtype == torch.uint8 and (image.numpy() == ramp).all() and image.shape == (3, 3, 4)
+    assert (rectify.load_image(tmp_path / "rgba.png").numpy() == np.where(ramp > 100, ramp, 255)).all()
+
+
+def test_load_image_turns_by_exif(tmp_path):
+    """A camera held upright: stored lying with orientation 6, left edge red; shown upright, the red on top."""
+    lying = np.zeros((20, 30, 3), np.uint8)
+    lying[:, :15, 0], lying[:, 15:, 2] = 255, 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(lying).save(tmp_path / "camera.jpg", exif=exif, quality=95)
+    image = rectify.load_image(tmp_path / "camera.jpg").float()
+    assert image.shape == (3, 30, 20)
+    assert image[0, :14].min() > 200 > 50 > image[0, 16:].max() and image[2, 16:].min() > 200
+
+
+def test_a_folder_of_odd_pictures_trains(tmp_path):
+    """Grey, transparent, 16-bit, turned, one-pixel and very long pictures in sub-folders, two words: a checkpoint."""
+    folder, grey = tmp_path / "odd/sub", np.tile(np.arange(0, 200, 4, np.uint8), (40, 1))
+    folder.mkdir(parents=True)
+    Image.fromarray(grey).save(folder / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 256).save(folder / "deep.png")
+    Image.fromarray(np.dstack([grey] * 4)).save(folder / "rgba.png")
+    Image.fromarray(np.dstack([grey] * 3)).resize((400, 11)).save(folder / "long.webp")
+    Image.new("RGB", (1, 1)).save(folder / "dot.bmp")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(grey).save(folder / "TURNED.JPG", exif=exif)
+    (tmp_path / "odd/notes.txt").write_text("no picture")
+    printed = run("--data", tmp_path / "odd", "--names", "dog, cat", "--out", tmp_path / "out", "--epochs", 1)
+    assert "6 images to learn from" in printed and "nothing to measure" in printed
+    assert torch.load(tmp_path / "out/rectify.pt", weights_only=True)["names"] == ["dog", "cat"]
+
+
+def test_masks_are_never_taken_for_pictures(copy):
+    """VOC's folders without the lists: the pictures are found, the ground truth beside them is not trained on."""
+    shutil.rmtree(copy / "ImageSets")
+    assert {s.image.parent.name for s in rectify.list_samples(copy, "train")} == {"JPEGImages"}
+
+
+# ============================================================================================================ the archive
+
+def archive(path, *members):
+    """A tar with members (name, content or None for a link to the parent folder); its md5."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if content is None:
+                info.type, info.linkname = tarfile.SYMTYPE, "../.."
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return rectify.hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def test_unpack(tmp_path):
+    """An archive with the right md5 appears whole under the target; what an interrupted attempt left is swept away."""
+    md5 = archive(tmp_path / "good.tar", ("inside/file.txt", b"content"))
+    (tmp_path / "to.partial").mkdir()
+    rectify.unpack(tmp_path / "good.tar", md5, tmp_path / "to")
+    assert (tmp_path / "to/inside/file.txt").read_bytes() == b"content" and not (tmp_path / "to.partial").exists()
+
+
+def test_a_folder_in_the_way_is_left_alone(tmp_path):
+    """Where something else has the dataset's name, the line says so; nothing of it is deleted."""
+    (tmp_path / "emoji").mkdir()
+    (tmp_path / "emoji/mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="emoji"):
+        run("--root", tmp_path)
+    assert [p.name for p in tmp_path.rglob("*.*")] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("member", [("../../evil.txt", b"out"), ("link", None)])
+def test_unpack_refuses_to_leave_its_folder(tmp_path, member):
+    """A member with a path, or a link, out of the folder: an error that names the archive, and nothing written."""
+    (tmp_path / "a/b").mkdir(parents=True)
+    md5 = archive(tmp_path / "evil.tar", ("fine.txt", b"fine"), member)
+    with pytest.raises(UserError, match=r"evil\.tar"):
+        rectify.unpack(tmp_path / "evil.tar", md5, tmp_path / "a/b/to")
+    assert not (tmp_path / "a/b/to").exists() and not list(tmp_path.rglob("evil.txt")) and not list(tmp_path.rglob("link"))
+
+
+def test_unpack_refuses_another_file(tmp_path):
+    """Wrong md5, or no file at all: refused before anything is unpacked."""
+    with pytest.raises(UserError, match=r"absent\.tar"):
+        rectify.unpack(tmp_path / "absent.tar", "0" * 32, tmp_path / "to")
+    archive(tmp_path / "other.tar", ("file.txt", b"content"))
+    with pytest.raises(UserError, match=r"other\.tar.*md5"):
+        rectify.unpack(tmp_path / "other.tar", "0" * 32, tmp_path / "to")
+    assert [p.name for p in tmp_path.iterdir()] == ["other.tar"]
+
+
+# ======================================================================================================== command line
+
+def test_every_option_is_explained(capsys):
+    """--help needs no network and has a flag and a sentence for each field of Config."""
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for f in fields(Config):
+        assert f"--{f.name.replace('_', '-')}" in printed and f.metadata["help"] in printed
+
+
+@pytest.mark.parametrize("args", [["--epoch-count", "3"], ["--method", "clipseg"], ["--epochs", "many"]])
+def test_unknown_options_are_refused(capsys, args):
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    assert end.value.code == 2 and args[0] in capsys.readouterr().err
+
+
+def test_recipes_follow_the_paper_and_flags_win():
+    """VOC with what produced the published numbers (α by method, t, Table 12); what a user gives is never overwritten."""
+    voc = complete(Config(dataset="voc"))
+    assert (voc.clip, voc.pretrained, voc.t, voc.alpha) == ("ViT-B-16-quickgelu", "openai", 0.23, 1000)
+    assert (voc.norm, voc.prompt, voc.pool, voc.optimizer) == ("frobenius", "shared", "grid", "sgd")
+    assert complete(Config(dataset="voc", method="reclip++")).alpha == 100
+    cfg = complete(Config(dataset="voc", t=0.0, denoise=0.0, alpha=7.0, norm="rows"))
+    assert (cfg.t, cfg.denoise, cfg.alpha, cfg.norm) == (0, 0, 7, "rows")
+    assert None not in [getattr(cfg, f.name) for f in fields(Config)]
+
+
+@pytest.mark.parametrize("text", ["dog, horse", " dog ,horse,", "dog\nhorse\n\n"])
+def test_names_from_words_or_a_file(tmp_path, text):
+    if "\n" in text:
+        (tmp_path / "names.txt").write_text(text)
+        text = str(tmp_path / "names.txt")
+    assert rectify.class_names(Config(names=text)) == ["dog", "horse"]
+
+
+def test_names_may_be_many_or_have_dots():
+    """A long list of words is not mistaken for a path, nor a full stop for a file's suffix."""
+    many = [f"long class name {i}" for i in range(40)]
+    assert rectify.class_names(Config(names=", ".join(many))) == many
+    assert rectify.class_names(Config(names="st. bernard, dog")) == ["st. bernard", "dog"]
+
+
+# =========================================================================================================== bad input
+
+TRAIN, VAL = "ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt"
+PICTURES, MASKS = "JPEGImages", "SegmentationClass"
+QUICK = ["--method", "maskclip"]                # what only the evaluation meets needs no training before
+# what is wrong: (how to break the folder `small` so, more arguments, the message: the file or flag, and the mend)
+BAD = {
+    "folder missing": (lambda d: d.rename(d.with_name("moved")), ["--names", "dog"], r"small: no such folder; --data wants"),
+    "list missing": (lambda d: (d / VAL).unlink(), QUICK, r"val\.txt: missing; write"),
+    "list empty": (lambda d: (d / TRAIN).write_text("\n"), QUICK, r"train\.txt: empty; write"),
+    "no pictures": (lambda d: [shutil.rmtree(d / p) for p in ("ImageSets", PICTURES, MASKS)],
+                    QUICK, r"small: holds no images"),
+    "listed picture missing": (lambda d: (d / PICTURES / "train1.jpg").unlink(),
+                               [], r"train1\.jpg: missing.*(restore|take)"),
+    "listed mask missing": (lambda d: (d / MASKS / "val1.png").unlink(), QUICK, r"val1\.png: missing.*(restore|take)"),
+    "picture cut off": (lambda d: os.truncate(d / PICTURES / "train0.jpg", 400),
+                        [], r"train0\.jpg: not a readable image.*(replace|take)"),
+    "picture is text": (lambda d: (d / PICTURES / "val0.jpg").write_text("hello"),
+                        QUICK, r"val0\.jpg: not a readable image.*(replace|take)"),
+    "mask of another size": (lambda d: write_mask(d / MASKS / "val0.png", np.zeros((40, 49))),
+                             QUICK, r"val0\.png: .*49×40.*50×40"),
+    "mask value outside": (lambda d: write_mask(d / MASKS / "val1.png", np.full((40, 50), 4)),
+                           QUICK, r"val1\.png: .* holds 4, .*3 classes"),
+    "RGB mask": (lambda d: Image.new("RGB", (50, 40)).save(d / MASKS / "val0.png"),
+                 QUICK, r"val0\.png: .*palette PNG.* RGB"),
+    "mask is text": (lambda d: (d / MASKS / "val0.png").write_text("hello"), QUICK, r"val0\.png: not a readable mask"),
+    "masks without a class": (lambda d: [write_mask(d / MASKS / f"val{k}.png", np.zeros((40, 50))) for k in (0, 1)],
+                              QUICK, MASKS),
+    "names twice": (lambda d: (d / "names.txt").write_text("cat\ndog\ncat\n"), QUICK, r"names\.txt: 'cat' is named twice"),
+    "names empty": (lambda d: (d / "names.txt").write_text("\n"), QUICK, r"names\.txt: holds no class name"),
+    "names not text": (lambda d: (d / "names.txt").write_bytes(b"\xff\xfe\x80"), QUICK, r"names\.txt: not"),
+    "names missing": (lambda d: (d / "names.txt").unlink(), QUICK, r"names\.txt: no such file; --names wants"),
+    "name too long for a prompt": (lambda d: (d / "names.txt").write_text("cat\n" + "very " * 90 + "long dog\n"),
+                                   [], "very very.*shorten"),
+    "unknown CLIP": (lambda d: None, ["--clip", "ViT-Z-99"], "ViT-Z-99"),
+    "CLIP of a missing folder": (lambda d: None, ["--clip", "local-dir:nowhere"], "nowhere"),
+    "loss not finite": (lambda d: None, ["--alpha", "1e39"], r"loss is (nan|inf).*lower --lr, or --alpha"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_named_in_one_line(small, tmp_path, what):
+    """A UserError that names the file or flag and says how to mend it; no result, whole or half, is in --out."""
+    spoil, more, message = BAD[what]
+    spoil(small)
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=message) as error:
+        run(*own(small, out, "--epochs", 1, *more))
+    assert "\n" not in str(error.value)
+    assert not {"rectify.pt", "rectify.json", "figure1a.png", "figure4.png"} & {p.name for p in out.glob("*")}
+    assert not list(out.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("what", ["picture cut off", "mask value outside"])
+def test_the_user_sees_one_line_and_no_traceback(small, tmp_path, what):
+    """The real process: exit code 2 and nothing on stderr but the line (a progress bar that was running is wiped)."""
+    spoil, more, message = BAD[what]
+    spoil(small)
+    args = [str(a) for a in own(small, tmp_path / "out", "--epochs", 1, *more)]
+    done = subprocess.run([sys.executable, rectify.__file__, *args], capture_output=True)
+    lines = done.stderr.decode().removesuffix("\n").split("\n")
+    lines = [line.split("\r")[-1] for line in lines]                                # what a terminal shows
+    assert done.returncode == 2 and len(lines) == 1 and re.match(f"error: .*{message}", lines[0]), lines
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--t", "1.2"], "--t 1.2"), (["--t", "-1"], "--t -1"), (["--t", "nan"], "--t nan"), (["--epochs", "0"], "--epochs"),
+    (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--alpha", "0"], "--alpha"), (["--seed", "-1"], "--seed"),
+    (["--data", "photos"], "--data needs --names")])
+def test_senseless_options_are_refused(args, message):
+    """Before anything is read or written."""
+    with pytest.raises(UserError, match=message):
+        complete(rectify.command_line(Config, "", args))
+
+
+@pytest.mark.parametrize("picture, names, message", [
+    ("nowhere.jpg", "dog", r"nowhere\.jpg: no such file"), ("names.txt", "dog", r"names\.txt: not a readable image"),
+    ("JPEGImages/val0.jpg", "dog, dog", "'dog' is named twice"), ("JPEGImages/val0.jpg", ",", "holds no class name")])
+def test_image_refuses_what_it_cannot_segment(small, trained, picture, names, message):
+    before = set(trained["reclip"].out.iterdir())
+    with pytest.raises(UserError, match=message):
+        run("--image", small / picture, "--names", names, "--out", trained["reclip"].out)
+    assert set(trained["reclip"].out.iterdir()) == before
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--dataset", "voc"], "--dataset emoji, not voc"), (["--clip", "ViT-B-16"], "--clip .*emoji/clip, not ViT-B-16")])
+def test_a_checkpoint_of_another_dataset_or_clip_is_refused(trained, tmp_path, args, message):
+    with pytest.raises(UserError, match=rf"rectify\.pt: .*{message}"):
+        main(["--eval", str(trained["reclip"].out / "rectify.pt"), "--out", str(tmp_path), *args])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    """Neither a text nor somebody else's tensors; and a pickle that would run something is not run."""
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "tensors.pt")
+    torch.save(Trap(), tmp_path / "trap.pt")
+    for name in ("text", "tensors", "trap"):
+        with pytest.raises(UserError, match=rf"{name}\.pt: not a checkpoint of rectify.py"):
+            main(["--eval", str(tmp_path / f"{name}.pt")])
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("changed", [["--norm", "rows"], ["--epochs", 7], ["--method", "reclip++"]])
+def test_resume_refuses_another_run(mini, trained, tmp_path, changed):
+    """--resume with a setting that the checkpoint was not trained with: refused, and the checkpoint is left alone."""
+    out = shutil.copytree(trained["reclip"].out, tmp_path / "out")
+    with pytest.raises(UserError, match=rf"rectify\.pt: was trained with {changed[0]} .*--resume"):
+        run(*own(mini, out, "--method", "reclip", "--resume", *changed))
+    assert (out / "rectify.pt").read_bytes() == (trained["reclip"].out / "rectify.pt").read_bytes()
