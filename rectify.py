@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -67,7 +67,7 @@ class Config:
     top_k: int = option(None, "classes of an image in which none passes t")
     norm: str = option("", "length of R: of the whole matrix, or of each row", ["frobenius", "rows"])
     prompt: str = option("", "the learnable tokens: one prompt for all classes, or one for each", ["shared", "per-class"])
-    space: str = option("on", "the space-preference term P", ["on", "off"])
+    space: str = option("on", "the space-preference term P; off leaves ReCLIP++ its decoder alone", ["on", "off"])
     pool: str = option("", "mean of masked features over the grid, or over the mask", ["grid", "mask"])
     start: str = option("", "P at the start: zero, or a random map as in the authors' code", ["zero", "random"])
     alpha: float = option(None, "scale of the logits before Gumbel-Softmax")
@@ -77,7 +77,7 @@ class Config:
     lr_conv: float = option(None, "learning rate of the convolutions: positional projection and mask decoder")
     epochs: int = option(None, "passes over the training images")
     batch: int = option(None, "images a step")
-    views: int = option(4, "augmented views computed once for each image; each epoch uses one of them")
+    views: int = option(2, "augmented views computed once for each image; each epoch uses one of them")
     finetune: bool = option(False, "train CLIP's image encoder too (the ablation of Table 8)")
     seed: int = option(0, "seed of everything random")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda"])
@@ -89,41 +89,46 @@ class Config:
 # What each dataset needs. The published settings for the real ones (supplement, Table 12, and the released configs); what
 # measures best on Emoji VOC for itself and for folders of your own. size: (long, short), the sides in px that an image may
 # have. jitter, crop: augmentation. window: px of the sliding hypothesis. whole: the hypothesis sees all of the image, not
-# CLIP's centre crop. ring: px, the bins of Fig. 1(a). denoise, sharpness: prompt denoising.
+# CLIP's centre crop. ring: px, the bins of Fig. 1(a). denoise, sharpness: prompt denoising, softmax(sharpness · logits).
+# What differs between the methods is a dict.
 RECIPES = {
     "emoji": dict(
         clip="local-dir:tests/emoji/clip", pretrained="",
-        size=(2048, 192), jitter=(0.8, 1.25), crop=192, window=48, ring=10, whole=True,
+        size=(2048, 192), jitter=(0.8, 1.25), crop=192, window=96, ring=10, whole=True,
         hypothesis="softmax", t=0.2, top_k=1,
         method="reclip++", norm="frobenius", prompt="per-class", pool="grid", start="zero",
         alpha={"reclip": 100, "reclip++": 100}, denoise={"reclip": 0, "reclip++": 0}, sharpness={"reclip": 100, "reclip++": 10},
-        optimizer="adam", lr=1e-2, lr_conv={"reclip": 1e-4, "reclip++": 1e-3}, lr_encoder=1e-4, weight_decay=0, epochs=20, batch=16),
+        optimizer="adam", lr=1e-2, lr_conv={"reclip": 1e-4, "reclip++": 1e-3}, lr_encoder=1e-4, weight_decay=0, epochs=10, batch=16),
     "voc": dict(
         clip="ViT-B-16-quickgelu", pretrained="openai",
         size=(2048, 512), jitter=(0.5, 2.0), crop=520, window=86, ring=40, whole=False,
         hypothesis="threshold", t=0.23, top_k=2,
         method="reclip", norm="frobenius", prompt="shared", pool="grid", start="random",
         alpha={"reclip": 1000, "reclip++": 100}, denoise={"reclip": 0.5, "reclip++": 1.0}, sharpness={"reclip": 100, "reclip++": 10},
-        optimizer="sgd", lr=0.12, lr_conv=0.12, lr_encoder=1e-4, weight_decay=5e-4, epochs=200, batch=12),  # 0.01 at batch 1
+        optimizer="sgd", lr=0.12, lr_conv=0.12, lr_encoder=1e-4, weight_decay=5e-4, epochs=200, batch=12),
+    # lr: the released configs say 0.01 at batch 1; scaled linearly with Table 12's batch
 }
+
+
+def recipe_of(cfg):
+    """The row of RECIPES that a configuration belongs to; a folder of one's own takes Emoji VOC's unless --dataset says else."""
+    return RECIPES[cfg.dataset or "emoji"]
 
 
 def complete(cfg):
     """Fill what the command line left open from the recipe of the data, and refuse what makes no sense.
 
-    Returns a Config in which every field has its value. Raises UserError.
+    Returns a Config in which every field that a recipe knows has its value. Raises UserError.
     """
-    cfg = replace(cfg, dataset=cfg.dataset or "emoji")
-    recipe = recipe_of(cfg)
-    method = cfg.method or recipe["method"]
-    chosen = {}
+    recipe, method, chosen = recipe_of(cfg), cfg.method or recipe_of(cfg)["method"], {"dataset": cfg.dataset or "emoji"}
     for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        if value in (None, "") and f.name in recipe:
+        if getattr(cfg, f.name) in (None, "") and f.name in recipe:
             value = recipe[f.name]
             chosen[f.name] = value.get(method, value["reclip"]) if isinstance(value, dict) else value
+    if cfg.clip:
+        chosen["pretrained"] = cfg.pretrained           # another CLIP does not take the recipe's weights
     if not cfg.out:
-        chosen["out"] = f"runs/{Path(cfg.data).resolve().name if cfg.data else cfg.dataset}"
+        chosen["out"] = f"runs/{Path(cfg.data).resolve().name if cfg.data else chosen['dataset']}"
     cfg = replace(cfg, **chosen)
     for bad, message in [
             (not -1 < cfg.t < 1, f"--t {cfg.t}: a cosine's threshold lies in (-1, 1)"),
@@ -132,21 +137,18 @@ def complete(cfg):
             (not all(0 < v < float("inf") for v in (cfg.lr, cfg.lr_conv, cfg.alpha)),
              "--lr, --lr-conv and --alpha must be positive"),
             (not 0 <= cfg.seed < 2 ** 32, f"--seed {cfg.seed}: a seed is a whole number from 0 on"),
-            (cfg.data and not cfg.names, "--data needs --names: a file with one class name a line"),
-            (cfg.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here")]:
+            (":" not in cfg.clip and not cfg.pretrained, f"--clip {cfg.clip} needs --pretrained: open_clip's tag, or a file"),
+            (cfg.data and not cfg.names, "--data needs --names: a file with one class name a line")]:
         if bad:
             raise UserError(message)
     return cfg
 
 
 def pick_device(cfg):
-    """The torch device that --device means."""
+    """The torch device that --device means. Raises UserError where it asks for a GPU that is not there."""
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here")
     return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def recipe_of(cfg):
-    """The row of RECIPES that a configuration belongs to (own folders take Emoji VOC's)."""
-    return RECIPES["emoji" if cfg.data else cfg.dataset]
 
 
 def command_line(config, doc, argv=None):
@@ -193,7 +195,7 @@ def unpack(archive, md5, target):
     with open(archive, "rb") as file:
         digest = hashlib.file_digest(file, "md5").hexdigest()       # in pieces: VOC's archive has 2 GB
     if digest != md5:
-        raise UserError(f"{archive}: not the published file (its md5 is not {md5}); delete it and start again")
+        raise UserError(f"{archive}: not the published file (its md5 is not {md5}); delete it and fetch it again")
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -286,7 +288,7 @@ def load_image(path):
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file")
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image ({error}); replace it or take it off the list")
 
 
@@ -315,7 +317,10 @@ def fit(image, size, factor=1.0):
 
 
 def batches_of_one_size(samples, batch, classes=None):
-    """Yield (samples, images B×3×H×W uint8, labels B×H×W uint8 or None), each batch of one image size, streamed."""
+    """Yield (samples, images B×3×H×W uint8, labels B×H×W uint8 or None), each batch of one image size.
+
+    Streamed: no more than 4 · batch pictures wait for others of their size.
+    """
     waiting = {}
     for sample in samples:
         image = load_image(sample.image)
@@ -324,6 +329,8 @@ def batches_of_one_size(samples, batch, classes=None):
         group.append((sample, image, label))
         if len(group) == batch:
             yield _stack(waiting.pop(image.shape))
+        elif sum(map(len, waiting.values())) > 4 * batch:
+            yield _stack(waiting.pop(max(waiting, key=lambda size: len(waiting[size]))))
     yield from (_stack(group) for group in waiting.values())
 
 
@@ -438,6 +445,11 @@ def text_features(clip, tokenizer, names):
     return torch.stack(rows)
 
 
+def _text(clip):
+    """The text tower: a part of its own in some open_clip models, the model itself in others."""
+    return getattr(clip, "text", clip)
+
+
 def name_tokens(clip, tokenizer, names):
     """The bare names as tokens, C×n int, n the longest name and EOT; padded with 0. Returns (tokens, longest prompt L)."""
     tokens = tokenizer(names)[:, 1:]                                                    # drop SOS
@@ -445,15 +457,12 @@ def name_tokens(clip, tokenizer, names):
     if longest + 1 >= context:                          # the tokenizer has cut it, and no learnable token would fit
         name = names[int((tokens != 0).sum(1).argmax())]
         raise UserError(f"class name '{name}' is too long for this CLIP's {context} tokens; shorten it")
-    return tokens[:, :longest], context - 1 - longest
-
-
-def warn_of_new_words(clip, tokens, names):
-    """Say which names hold a word that the CLIP never met (the tiny one knows some hundred; the others' rows are zero)."""
-    empty = (_text(clip).token_embedding.weight == 0).all(1).cpu()
-    new = [name for name, row in zip(names, tokens) if empty[row].any()]
+    tokens = tokens[:, :longest].to(clip.logit_scale.device)
+    unmet = (_text(clip).token_embedding(tokens) == 0).all(-1).any(1) if longest else []    # rows the tiny CLIP never trained
+    new = [name for name, row in zip(names, unmet) if row]
     if new:
         print(f"warning: this CLIP has never met the words of {', '.join(new)}; expect nonsense for them")
+    return tokens, context - 1 - longest
 
 
 def reference_features(clip, V, tokens):
@@ -472,11 +481,6 @@ def reference_features(clip, V, tokens):
     x = text.ln_final(text.transformer(x, attn_mask=mask))
     eot = 1 + V.size(-2) + tokens.argmax(1)                                             # EOT has the largest number
     return x[torch.arange(C), eot] @ text.text_projection
-
-
-def _text(clip):
-    """The text tower: a part of its own in some open_clip models, the model itself in others."""
-    return getattr(clip, "text", clip)
 
 
 # =========================================================================================================== 4 method
@@ -524,7 +528,7 @@ class Rectifier(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out")
-        if cfg.start == "zero":                         # ours: B starts without P, so that training starts at what CLIP knows
+        if cfg.start == "zero":                         # ours: P = 0 at first, and B is f·Rᵀ (ReCLIP) or nothing (ReCLIP++)
             last = self.g[-1] if self.method == "reclip" else self.g
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
@@ -565,12 +569,10 @@ class Segmenter:
 
     def __init__(self, cfg, names, device):
         self.cfg, self.names, self.device = cfg, names, device
-        self.clip, tokenizer = load_clip(cfg, device)
+        self.clip, self.tokenizer = load_clip(cfg, device)
         self.stock = copy.deepcopy(self.clip) if cfg.finetune else self.clip     # for the baseline and the hypothesis
-        tokens, L = name_tokens(self.clip, tokenizer, names)
-        warn_of_new_words(self.clip, tokens, names)
-        self.tokens = tokens.to(device)
-        self.T = text_features(self.clip, tokenizer, names)
+        self.tokens, L = name_tokens(self.clip, self.tokenizer, names)
+        self.T = text_features(self.clip, self.tokenizer, names)
         self.scale = self.clip.logit_scale.exp().item()
         self.rectifier = None
         if cfg.method != "maskclip":
@@ -596,7 +598,6 @@ class Segmenter:
         cfg = replace(Config(**state["config"]), **changes)
         segmenter = cls(cfg, state["names"], pick_device(cfg))
         segmenter.restore(state)
-        segmenter.rectifier.eval()
         return segmenter
 
     def state(self):
@@ -605,8 +606,9 @@ class Segmenter:
                 "clip": self.clip.visual.state_dict() if self.cfg.finetune else None}
 
     def restore(self, state):
-        """Take the weights of a checkpoint, in place."""
+        """Take the weights of a checkpoint, in place and in eval mode."""
         self.rectifier.load_state_dict(state["rectifier"])
+        self.rectifier.eval()
         if state["clip"]:
             self.clip.visual.load_state_dict(state["clip"])
 
@@ -617,8 +619,8 @@ class Segmenter:
 def hypothesise(segmenter, images):
     """y: B×C bool, the classes that stock CLIP believes an image to hold; of uint8 pictures B×3×H×W.
 
-    threshold: the cosine of the image's feature with T is at least t. softmax (ours): its share softmax(scale · cosine) is.
-    Where none passes, the top K. windows (ReCLIP++): a window slides over the image at half its side; y is the union of each
+    threshold: the cosine of the image's feature with T is at least t. softmax (ours): the softmax over the classes of
+    scale · cosine is. Where none passes, the top K. windows (ReCLIP++): a window slides over the image at half its side; y is the union of each
     window's best class. The picture is CLIP's centre crop for the real datasets, and the whole of it (positional embedding
     resized) in Emoji VOC, where things stand at the edges.
     """
@@ -634,12 +636,12 @@ def hypothesise(segmenter, images):
         tiles = [v2.functional.resize(x[..., top:top + window, left:left + window], [side, side])
                  for top in corners[0] for left in corners[1]]
         return torch.stack([F.one_hot(see(tile).argmax(1), len(segmenter.names)) for tile in tiles]).amax(0).bool()
-    x = fit(images, (10 ** 6, side))
+    x = fit(images, (10 ** 6, side))                    # the short side is CLIP's
     s = see(x if recipe["whole"] else v2.functional.center_crop(x, side))
     if cfg.hypothesis == "softmax":
         s = (segmenter.scale * s).softmax(1)
-    top = F.one_hot(s.topk(min(cfg.top_k, s.size(1)), dim=1).indices, s.size(1)).amax(1).bool()
-    return torch.where((s >= cfg.t).any(1, keepdim=True), s >= cfg.t, top)
+    best = F.one_hot(s.topk(min(cfg.top_k, s.size(1)), dim=1).indices, s.size(1)).amax(1).bool()
+    return torch.where((s >= cfg.t).any(1, keepdim=True), s >= cfg.t, best)
 
 
 def hypotheses(segmenter, samples):
@@ -671,25 +673,25 @@ def augmented(image, recipe):
 def training_data(segmenter, samples):
     """Everything frozen, computed once: x, valid, y.
 
-    x: V×N×D×h×w half, the dense features f of V augmented views of each image; V×N×3×crop×crop uint8, the views themselves,
-    where the encoder is trained too. valid: V×N×h×w bool, patches that are picture. y: N×C bool, the hypothesis.
-    Cost: (V + 1)·N passes of CLIP; V·N·D·h·w·2 bytes.
+    x: K×N×D×h×w half, the dense features f of K augmented views of each image; K×N×3×crop×crop uint8, the views themselves,
+    where the encoder is trained too. valid: K×N×h×w bool, patches that are picture. y: N×C bool, the hypothesis.
+    Cost: (K + 1)·N passes of CLIP; K·N·D·h·w·2 bytes.
     """
-    cfg, recipe, device, p = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.device, segmenter.clip.visual.patch_size[0]
-    V, N, crop = cfg.views, len(samples), recipe["crop"]
-    first = torch.arange(0, crop, p)                                                    # first pixel of every patch
+    cfg, recipe, device = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.device
+    K, N, crop = cfg.views, len(samples), recipe["crop"]
+    first = torch.arange(0, crop, segmenter.clip.visual.patch_size[0])                                                    # first pixel of every patch
     shape = (3, crop, crop) if cfg.finetune else (segmenter.T.size(1), len(first), len(first))
-    x = torch.empty(V, N, *shape, dtype=torch.uint8 if cfg.finetune else torch.half, device=device)
-    valid = torch.empty(V, N, len(first), len(first), dtype=torch.bool, device=device)
+    x = torch.empty(K, N, *shape, dtype=torch.uint8 if cfg.finetune else torch.half, device=device)
+    valid = torch.empty(K, N, len(first), len(first), dtype=torch.bool, device=device)
     for start in tqdm(range(0, N, 32), "dense features", leave=False):
         images = [load_image(sample.image) for sample in samples[start:start + 32]]
         rows = slice(start, start + len(images))
-        for v in range(V):
+        for k in range(K):
             crops, extents = zip(*(augmented(image, recipe) for image in images))
             height, width = torch.tensor(extents).T[..., None]                          # B 1, B 1
-            valid[v, rows] = (first < height)[:, :, None] & (first < width)[:, None]
+            valid[k, rows] = (first < height)[:, :, None] & (first < width)[:, None]
             crops = torch.stack(crops)
-            x[v, rows] = crops.to(device) if cfg.finetune else segmenter.features(crops).half()
+            x[k, rows] = crops.to(device) if cfg.finetune else segmenter.features(crops).half()
     return x, valid, hypotheses(segmenter, samples).to(device)
 
 
@@ -702,10 +704,8 @@ def train(segmenter, data, out, resume):
     if cfg.finetune:
         segmenter.clip.visual.requires_grad_(True)
         groups.append({"params": list(segmenter.clip.visual.parameters()), "lr": recipe["lr_encoder"]})
-    if cfg.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=recipe["weight_decay"])
-    else:
-        optimizer = torch.optim.Adam(groups)
+    optimizer = (torch.optim.SGD(groups, momentum=0.9, weight_decay=recipe["weight_decay"]) if cfg.optimizer == "sgd"
+                 else torch.optim.Adam(groups, weight_decay=recipe["weight_decay"]))
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, cfg.epochs, power=0.9)
     partial, begin = out / "rectify.partial.pt", 0
     if resume and partial.is_file():
@@ -719,18 +719,18 @@ def train(segmenter, data, out, resume):
         (out / "log.jsonl").write_text("".join(lines[:begin]))      # an epoch that was logged and not saved runs again
         print(f"resuming after epoch {begin} of {cfg.epochs}")
     else:
-        (out / "log.jsonl").unlink(missing_ok=True)
+        for old in (partial, out / "log.jsonl"):
+            old.unlink(missing_ok=True)
 
-    N, bar = y.size(0), tqdm(total=cfg.epochs * -(-y.size(0) // cfg.batch), initial=begin * -(-y.size(0) // cfg.batch),
-                             desc=cfg.method, unit="step")
+    N, steps = len(y), -(-len(y) // cfg.batch)
+    bar = tqdm(total=cfg.epochs * steps, initial=begin * steps, desc=cfg.method, unit="step")
     for epoch in range(begin, cfg.epochs):
         torch.manual_seed(100_003 * cfg.seed + epoch)   # an epoch's randomness is its own, so that a resumed run repeats it
         view = torch.randint(cfg.views, (N,))
         rectifier.train()
         total = torch.zeros((), device=device)
         for i in torch.randperm(N).split(cfg.batch):
-            f = x[view[i], i]
-            f = segmenter.features(f) if cfg.finetune else f.float()
+            f = segmenter.features(x[view[i], i]) if cfg.finetune else x[view[i], i].float()
             logits = segmenter.rectified(f, segmenter.reference())
             M = gumbel_mask(logits, cfg.alpha)
             loss = contrastive_loss(M, f, segmenter.T, y[i], segmenter.scale, valid[view[i], i], cfg.pool)
@@ -739,13 +739,13 @@ def train(segmenter, data, out, resume):
             optimizer.step()
             total += loss.detach() * len(i)
             bar.update()
+        mean, lr = total.item() / N, schedule.get_last_lr()[0]
         schedule.step()
-        mean = total.item() / N
         bar.set_postfix(epoch=epoch + 1, loss=f"{mean:.3f}")
         if not np.isfinite(mean):
             raise UserError(f"the loss is {mean} in epoch {epoch + 1}; lower --lr, or --alpha (log: {out / 'log.jsonl'})")
         with open(out / "log.jsonl", "a") as log:
-            log.write(json.dumps({"epoch": epoch + 1, "loss": round(mean, 5), "lr": schedule.get_last_lr()[0]}) + "\n")
+            log.write(json.dumps({"epoch": epoch + 1, "loss": round(mean, 5), "lr": lr}) + "\n")
         save(partial, {**segmenter.state(), "epoch": epoch + 1, "optimizer": optimizer.state_dict(),
                        "schedule": schedule.state_dict()})
     bar.close()
@@ -768,7 +768,7 @@ def load_checkpoint(path, part="rectifier"):
     maker = {"rectifier": "rectify.py", "student": "distill.py"}[part]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["config"], state["names"], state[part]
+        state["config"], state["names"], state[part]    # KeyError where one is missing
         return state
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; make it with `python {maker}`")
@@ -779,7 +779,7 @@ def load_checkpoint(path, part="rectifier"):
 def refuse_other_run(state, cfg, names, path):
     """Raise UserError where a checkpoint was trained with other settings than those asked for now."""
     ours = asdict(cfg)
-    free = {"device", "resume", "eval", "image", "out", "root", "tta"}
+    free = {"device", "resume", "eval", "image", "out", "root", "tta"}          # tta is distill.py's
     other = [k for k, v in state["config"].items() if k not in free and v != ours.get(k)]
     if other or state["names"] != names:
         what = f"--{other[0]} {state['config'][other[0]]}, not {ours.get(other[0])}" if other else "other class names"
@@ -793,9 +793,10 @@ def denoise(logits, sharpness, least):
 
     logits: B×C×h×w. Returns them with -inf for those classes; where none is left all stay (the authors' argmax falls to class 0).
     """
-    best = (sharpness * logits).softmax(1).amax((2, 3), keepdim=True)                   # B C 1 1
-    gone = best < least
-    return logits.masked_fill(gone & ~gone.all(1, keepdim=True), -torch.inf) if least else logits
+    if not least:
+        return logits
+    gone = (sharpness * logits).softmax(1).amax((2, 3), keepdim=True) < least           # B C 1 1
+    return logits.masked_fill(gone & ~gone.all(1, keepdim=True), -torch.inf)
 
 
 def upsample(logits, patch, resized, original):
@@ -900,12 +901,12 @@ def colour(c):
     return tuple(palette()[3 * (c + 1):3 * (c + 2)])
 
 
-def paint(mask, photo=None, strength=0.65, faint=None):
+def paint(mask, photo=None, faint=None):
     """A mask H×W in class colours as a picture; over a photo 3×H×W where given, and pale where `faint` (H×W bool) says so."""
     colours = torch.tensor(palette()[3:] + list(PAPER), dtype=torch.float).view(-1, 3)   # class c has VOC's colour c + 1
     painted = colours[mask.long()]                                                      # H W 3
     if photo is not None:
-        painted = strength * painted + (1 - strength) * photo.permute(1, 2, 0)
+        painted = 0.65 * painted + 0.35 * photo.permute(1, 2, 0)
     if faint is not None:
         painted[faint] = 0.25 * painted[faint] + 0.75 * 255
     return Image.fromarray(painted.byte().numpy())
@@ -929,7 +930,7 @@ def legend(names, classes, width):
     return strip
 
 
-def grid(rows, names, classes, cell=150):
+def contact_sheet(rows, names, classes, cell=150):
     """A figure from rows of (title, [PIL images]): equal cells, titles at the left, the legend below."""
     font, margin = ImageFont.load_default(20), 8
     left = 20 + int(max(font.getlength(title) for title, _ in rows))
@@ -950,12 +951,12 @@ def grid(rows, names, classes, cell=150):
 TITLES = {"maskclip": "MaskCLIP", "reclip": "ReCLIP", "reclip++": "ReCLIP++", "maskclip+": "MaskCLIP+", "student": "DeepLabV2"}
 
 
-def figure4(predict, samples, names, path, count=8):
-    """Rows image / ground truth / a row each method of `predict`, of images spread evenly over the validation list.
+def figure4(predict, samples, names, path):
+    """Rows image / ground truth / a row each method of `predict`, of eight images spread evenly over the list.
 
     Where ground truth says background or void nothing is scored, and the predictions are shown pale.
     """
-    chosen = samples[::max(1, len(samples) // count)][:count]
+    chosen = samples[::max(1, len(samples) // 8)][:8]
     rows, seen = {"image": [], "ground truth": []}, set()
     for sample in chosen:
         image = load_image(sample.image)
@@ -967,7 +968,7 @@ def figure4(predict, samples, names, path, count=8):
             rows.setdefault(method, []).append(paint(mask[0].cpu(), faint=label == VOID))
             shown.append(mask[0].cpu()[label != VOID])
         seen.update(torch.cat([s.flatten() for s in shown]).tolist())
-    grid([(TITLES.get(k, k), v) for k, v in rows.items()], names, sorted(seen - {VOID})).save(path)
+    contact_sheet([(TITLES.get(k, k), v) for k, v in rows.items()], names, sorted(seen - {VOID})).save(path)
 
 
 def figure1a(found, ring, path):
@@ -975,6 +976,7 @@ def figure1a(found, ring, path):
     big, small, W, H = ImageFont.load_default(24), ImageFont.load_default(19), 900, 560
     page = Image.new("RGB", (W, H), PAPER)
     draw = ImageDraw.Draw(page)
+    ring *= max(1, int(np.ceil(max(d for d, _ in found["maskclip"]) / ring / 8)))       # eight rings at most
     rings = sorted({int(d // ring) for d, _ in found["maskclip"]})
     means = {m: [np.mean([v for d, v in pairs if d // ring == k]) for k in rings] for m, pairs in found.items()}
     top = max(10, 10 * np.ceil(max(max(v) for v in means.values()) / 10))
@@ -1000,49 +1002,48 @@ def figure1a(found, ring, path):
     page.save(path)
 
 
+@torch.no_grad()
 def segment_image(cfg):
     """--image: the picture, MaskCLIP's and the rectified mask side by side in one PNG. Returns its path.
 
-    Words that are not classes of the training get their Reference from the same prompt; the rest of the bias model (ReCLIP's
-    P, ReCLIP++'s decoder) has an output a class and stays out for them.
+    Words that are not classes of the training get a Reference of their own from the learned prompt (the mean prompt, where
+    each class has one), and B from it; ReCLIP's P and ReCLIP++'s decoder have an output a class and stay out for them.
+    Nothing is denoised: who names the classes knows that they are there.
     """
     path = Path(cfg.out) / "rectify.pt" if cfg.out else newest("rectify.pt")
     segmenter = Segmenter.load(path, device=cfg.device)
-    trained, cfg_image = segmenter.names, cfg.image
+    clip, trained, method, rectifier = segmenter.clip, segmenter.names, segmenter.cfg.method, segmenter.rectifier
     words = class_names(cfg) if cfg.names else trained
-    print(f"segmenting {cfg_image} with {path}")
-    image = load_image(cfg_image)[None]
+    print(f"segmenting {cfg.image} with {path}")
+    image = load_image(cfg.image)[None]
     x = fit(image, recipe_of(segmenter.cfg)["size"])
-    with torch.no_grad():
-        f, R, method = segmenter.features(x), segmenter.reference(), segmenter.cfg.method
-        if set(words) <= set(trained):
-            chosen = [trained.index(w) for w in words]
-            maps = {"MaskCLIP": similarity(f, segmenter.T[chosen]), method: segmenter.rectified(f, R)[:, chosen]}
-        else:
-            _, tokenizer = load_clip(segmenter.cfg, segmenter.device)
-            tokens, L = name_tokens(segmenter.clip, tokenizer, words)
-            warn_of_new_words(segmenter.clip, tokens, words)
-            V = segmenter.rectifier.V
-            V = (V if V.ndim == 2 else V.mean(0))[:L]   # a name longer than those of the training takes the last tokens' place
-            R = reference_features(segmenter.clip, V, tokens.to(segmenter.device))
-            R = F.normalize(R, dim=1) * len(trained) ** (-0.5 if segmenter.cfg.norm == "frobenius" else 0)
-            T = text_features(segmenter.clip, tokenizer, words)
-            maps = {"MaskCLIP": similarity(f, T), "Reference alone": similarity(f, T) - similarity(f, R)}
-            print(f"{', '.join(w for w in words if w not in trained)}: not among the {len(trained)} classes of the training; "
-                  "the Reference prompt alone rectifies")
-    patch = segmenter.clip.visual.patch_size[0]
-    masks = {k: upsample(l, patch, x.shape[-2:], image.shape[-2:]).argmax(1)[0].cpu() for k, l in maps.items()}
-    photo = image[0]
-    row = [Image.fromarray(photo.permute(1, 2, 0).numpy())] + [paint(m, photo) for m in masks.values()]
-    cell = 360
-    page = grid([("", row)], words, sorted(set(torch.stack(list(masks.values())).flatten().tolist())), cell)
-    titled = Image.new("RGB", (page.width, page.height + 36), PAPER)
-    titled.paste(page, (0, 36))
-    for k, title in enumerate(["picture", *masks]):
+    f, stock = segmenter.features(x), segmenter.features(x, segmenter.stock)
+    if set(words) <= set(trained):
+        chosen = [trained.index(word) for word in words]
+        T, rectified = segmenter.T[chosen], segmenter.rectified(f, segmenter.reference())[:, chosen]
+    else:
+        print(f"{', '.join(w for w in words if w not in trained)}: not among the {len(trained)} classes of the training; "
+              "the Reference prompt alone rectifies")
+        tokens, L = name_tokens(clip, segmenter.tokenizer, words)
+        V = (rectifier.V if rectifier.V.ndim == 2 else rectifier.V.mean(0))[:L]         # a long name takes the last ones' place
+        R = F.normalize(reference_features(clip, V, tokens), dim=1)
+        if segmenter.cfg.norm == "frobenius":
+            R = R / len(trained) ** 0.5                 # the length that a row had in training, on average
+        T = text_features(clip, segmenter.tokenizer, words)
+        P = rectifier.g(positional_embedding(clip, tuple(f.shape[-2:])))[0]
+        rectified = similarity(f, T) - (bias_reclip(f, R, 0) if method == "reclip" else bias_reclip_pp(R, P))
+    maps = {"MaskCLIP": similarity(stock, T), TITLES[method]: rectified}
+    patch, photo, cell = clip.visual.patch_size[0], image[0], 360
+    masks = [upsample(logits, patch, x.shape[-2:], image.shape[-2:]).argmax(1)[0].cpu() for logits in maps.values()]
+    row = [Image.fromarray(photo.permute(1, 2, 0).numpy())] + [paint(mask, photo) for mask in masks]
+    sheet = contact_sheet([("", row)], words, sorted(set(torch.stack(masks).flatten().tolist())), cell)
+    page = Image.new("RGB", (sheet.width, sheet.height + 36), PAPER)
+    page.paste(sheet, (0, 36))
+    for k, title in enumerate(["picture", *maps]):
         centre = (20 + k * (cell + 8) + cell / 2, 18)
-        ImageDraw.Draw(titled).text(centre, title, fill=INK, font=ImageFont.load_default(22), anchor="mm")
-    target = path.parent / f"{Path(cfg_image).stem}.overlay.png"
-    titled.save(target)
+        ImageDraw.Draw(page).text(centre, title, fill=INK, font=ImageFont.load_default(22), anchor="mm")
+    target = path.parent / f"{Path(cfg.image).stem}.overlay.png"
+    page.save(target)
     return target
 
 
@@ -1087,28 +1088,28 @@ def main(argv=None):
         for key in ("dataset", "clip"):
             if getattr(cfg, key) and getattr(cfg, key) != state["config"][key]:
                 raise UserError(f"{cfg.eval}: was trained with --{key} {state['config'][key]}, not {getattr(cfg, key)}")
-        cfg = replace(Config(**state["config"]), eval=cfg.eval, device=cfg.device, out=cfg.out or str(Path(cfg.eval).parent))
+        theirs = Config(**state["config"])
+        cfg = replace(theirs, eval=cfg.eval, device=cfg.device, root=cfg.root, data=cfg.data or theirs.data,
+                      out=cfg.out or str(Path(cfg.eval).parent))
     cfg = complete(cfg)
     np.random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
-    names, folder, out = state["names"] if cfg.eval else class_names(cfg), dataset_folder(cfg), Path(cfg.out)
-    samples, val = list_samples(folder, "train"), list_samples(folder, "val")
-    val = [s for s in val if s.label]
+    names = state["names"] if cfg.eval else class_names(cfg)
+    folder, out = dataset_folder(cfg), Path(cfg.out)
+    samples, val = list_samples(folder, "train"), [s for s in list_samples(folder, "val") if s.label]
     device = pick_device(cfg)
     print(f"{cfg.method} on {folder}: {len(samples)} images to learn from, {len(val)} labelled ones to measure on, "
           f"{len(names)} classes, {device}")
     segmenter = Segmenter(cfg, names, device)
     out.mkdir(parents=True, exist_ok=True)
-    seconds = {}
+    seconds, written = {}, ["rectify.json", "figure1a.png", "figure4.png"]
 
     if cfg.eval:
         segmenter.restore(state)
-        segmenter.rectifier.eval()
     elif cfg.resume and (out / "rectify.pt").is_file() and not (out / "rectify.partial.pt").is_file():
         state = load_checkpoint(out / "rectify.pt")
         refuse_other_run(state, cfg, names, out / "rectify.pt")
         segmenter.restore(state)
-        segmenter.rectifier.eval()
         print("that run is complete; measuring it again")
     elif cfg.method != "maskclip":
         data = training_data(segmenter, samples)
@@ -1117,6 +1118,7 @@ def main(argv=None):
         train(segmenter, data, out, cfg.resume)
         save(out / "rectify.pt", segmenter.state())
         (out / "rectify.partial.pt").unlink()
+        written += ["rectify.pt", "log.jsonl"]
     seconds["training"] = round(time.time() - started - sum(seconds.values()), 1)
 
     if not val:
@@ -1134,8 +1136,7 @@ def main(argv=None):
     print_table(results, names)
     print("hypothesis on val: precision {precision:.3f}, recall {recall:.3f}, {classes_per_image:.2f} classes an image"
           .format(**hypothesis))
-    print(f"{time.time() - started:.0f} s in all. Wrote {out}/: rectify.json, figure1a.png, figure4.png"
-          + ("" if cfg.method == "maskclip" else ", rectify.pt, log.jsonl"))
+    print(f"{time.time() - started:.0f} s in all. Wrote {out}/: {', '.join(written)}")
 
 
 def write_text(path, text):
@@ -1152,8 +1153,8 @@ def run(main):
     except UserError as error:
         message, code = f"error: {error}", 2
     except KeyboardInterrupt:
-        message, code = "\ninterrupted; the same command with --resume goes on", 130
-    print(message, file=sys.stderr)                     # only here are the frames gone, and with them the progress bars
+        message, code = "\ninterrupted; a training goes on with the same command and --resume", 130
+    print(message, file=sys.stderr)                     # out here the frames are gone, and with them open progress bars
     sys.exit(code)
 
 

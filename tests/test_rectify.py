@@ -378,7 +378,7 @@ def seen(tiny):
     """A Segmenter of Emoji VOC that does not train, four square pictures, and stock CLIP's cosines of any pictures."""
     clip, tokenizer = tiny
     segmenter = rectify.Segmenter(complete(Config(method="maskclip")), rectify.VOC_NAMES[:6], CPU)
-    side = rectify.recipe_of(segmenter.cfg)["size"][1]
+    side = clip.visual.image_size[0]
     cosines = lambda images: clip.encode_image(rectify.normalise(clip, images), normalize=True) @ segmenter.T.T
     return segmenter, noise(4, 3, side, side), torch.no_grad()(cosines)
 
@@ -406,9 +406,10 @@ def test_hypothesis_by_threshold(seen, rule):
 
 def test_hypothesis_by_windows(seen):
     """A window moves over the image by half its side; y is every class that is best in some window."""
-    segmenter, images, cosines = seen
+    segmenter, _, cosines = seen
     segmenter.cfg.hypothesis = "windows"
-    window, side, expected = rectify.recipe_of(segmenter.cfg)["window"], images.size(-1), torch.zeros(4, 6, dtype=torch.bool)
+    window, side = (rectify.recipe_of(segmenter.cfg)[k] for k in ("window", "crop"))
+    images, expected = noise(4, 3, side, side), torch.zeros(4, 6, dtype=torch.bool)
     for top in range(0, side - window + 1, window // 2):
         for left in range(0, side - window + 1, window // 2):
             tile = images[..., top:top + window, left:left + window]
@@ -468,7 +469,7 @@ def test_training_lowers_the_loss(trained, method):
     assert [line["epoch"] for line in lines] == list(range(1, 7))
     assert lines[-1]["loss"] < lines[0]["loss"]
     rates = [line["lr"] for line in lines]
-    assert rates == sorted(rates, reverse=True) and rates[-1] == 0
+    assert rates == sorted(rates, reverse=True) and rates[-1] > 0
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -483,7 +484,7 @@ def test_checkpoint_is_plain(trained, method):
 
 def test_the_real_command_line(emoji, tmp_path):
     """All of Emoji VOC, one epoch: rectify.json has the promised shape, numbers in percent, figures, and a table to read."""
-    printed = run("--root", emoji, "--out", tmp_path, "--epochs", 1, "--views", 1)
+    printed = run("--root", emoji, "--out", tmp_path, "--epochs", 2, "--views", 1)
     report = json.loads((tmp_path / "rectify.json").read_text())
     assert list(report) == ["results", "hypothesis", "config", "versions", "seconds"]
     assert list(report["results"]) == ["maskclip", report["config"]["method"]]
