@@ -77,7 +77,7 @@ class Config:
     lr_conv: float = option(None, "learning rate of the convolutions: positional projection and mask decoder")
     epochs: int = option(None, "passes over the training images")
     batch: int = option(None, "images a step")
-    views: int = option(2, "augmented views computed once for each image; each epoch uses one of them")
+    views: int = option(None, "augmented views computed once for each image; each epoch uses one of them")
     finetune: bool = option(False, "train CLIP's image encoder too (the ablation of Table 8)")
     seed: int = option(0, "seed of everything random")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda"])
@@ -89,25 +89,25 @@ class Config:
 # What each dataset needs. The published settings for the real ones (supplement, Table 12, and the released configs); what
 # measures best on Emoji VOC for itself and for folders of your own. size: (long, short), the sides in px that an image may
 # have. jitter, crop: augmentation. window: px of the sliding hypothesis. whole: the hypothesis sees all of the image, not
-# CLIP's centre crop. ring: px, the bins of Fig. 1(a). denoise, sharpness: prompt denoising, softmax(sharpness · logits).
-# What differs between the methods is a dict.
+# CLIP's centre crop. ring: px, the bins of Fig. 1(a). Where the methods differ, a dict holds the value of each.
 RECIPES = {
     "emoji": dict(
         clip="local-dir:tests/emoji/clip", pretrained="",
         size=(2048, 192), jitter=(0.8, 1.25), crop=192, window=96, ring=10, whole=True,
         hypothesis="softmax", t=0.2, top_k=1,
-        method="reclip++", norm="frobenius", prompt="per-class", pool="grid", start="zero",
-        alpha={"reclip": 100, "reclip++": 100}, denoise={"reclip": 0, "reclip++": 0}, sharpness={"reclip": 100, "reclip++": 10},
-        optimizer="adam", lr=1e-2, lr_conv={"reclip": 1e-4, "reclip++": 1e-3}, lr_encoder=1e-4, weight_decay=0, epochs=10, batch=16),
+        method="reclip++", norm="frobenius", prompt="per-class", pool="grid", start="zero", alpha=100, denoise=0,
+        optimizer="adam", lr=1e-2, lr_conv={"reclip": 1e-4, "reclip++": 1e-3}, lr_encoder=1e-4, weight_decay=0,
+        epochs=10, batch=16, views=2),
     "voc": dict(
         clip="ViT-B-16-quickgelu", pretrained="openai",
         size=(2048, 512), jitter=(0.5, 2.0), crop=520, window=86, ring=40, whole=False,
         hypothesis="threshold", t=0.23, top_k=2,
         method="reclip", norm="frobenius", prompt="shared", pool="grid", start="random",
-        alpha={"reclip": 1000, "reclip++": 100}, denoise={"reclip": 0.5, "reclip++": 1.0}, sharpness={"reclip": 100, "reclip++": 10},
-        optimizer="sgd", lr=0.12, lr_conv=0.12, lr_encoder=1e-4, weight_decay=5e-4, epochs=200, batch=12),
-    # lr: the released configs say 0.01 at batch 1; scaled linearly with Table 12's batch
+        alpha={"reclip": 1000, "reclip++": 100}, denoise={"reclip": 0.5, "reclip++": 1.0},
+        optimizer="sgd", lr=0.12, lr_conv=0.12, lr_encoder=1e-4, weight_decay=5e-4,     # released: 0.01 at batch 1; scaled to 12
+        epochs=200, batch=12, views=4),
 }
+SHARPNESS = {"reclip": 100, "reclip++": 10}             # of prompt denoising: softmax(sharpness · logits), authors' code
 
 
 def recipe_of(cfg):
@@ -816,7 +816,7 @@ def predict(segmenter, images):
     logits = {"maskclip": similarity(segmenter.features(x, segmenter.stock) if cfg.finetune else f, segmenter.T)}
     if segmenter.rectifier is not None:
         rectified = segmenter.rectified(f, segmenter.reference())
-        logits[cfg.method] = denoise(rectified, recipe["sharpness"][cfg.method], cfg.denoise)
+        logits[cfg.method] = denoise(rectified, SHARPNESS[cfg.method], cfg.denoise)
     patch = segmenter.clip.visual.patch_size[0]
     return {name: upsample(l, patch, x.shape[-2:], images.shape[-2:]).argmax(1) for name, l in logits.items()}
 
