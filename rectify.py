@@ -94,10 +94,10 @@ RECIPES = {
     "emoji": dict(
         clip="local-dir:tests/emoji/clip", pretrained="",
         size=(2048, 192), jitter=(0.8, 1.25), crop=192, window=96, ring=10, whole=True,
-        hypothesis="softmax", t=0.2, top_k=1,
+        hypothesis="softmax", t=0.1, top_k=1,
         method="reclip++", norm="frobenius", prompt="per-class", pool="grid", start="zero", alpha=100, denoise=0,
         optimizer="adam", lr=1e-2, lr_conv={"reclip": 1e-4, "reclip++": 1e-3}, lr_encoder=1e-4, weight_decay=0,
-        epochs=10, batch=16, views=2),
+        epochs=8, batch=16, views=2),
     "voc": dict(
         clip="ViT-B-16-quickgelu", pretrained="openai",
         size=(2048, 512), jitter=(0.5, 2.0), crop=520, window=86, ring=40, whole=False,
