@@ -399,7 +399,7 @@ def test_hypothesis_by_threshold(seen, rule):
             row[score.topk(segmenter.cfg.top_k).indices] = True
     y = rectify.hypothesise(segmenter, images)
     assert y[0].sum() == 3 and torch.equal(y, expected)
-    segmenter.cfg.t, segmenter.cfg.top_k = 0.9999, 2
+    segmenter.cfg.t, segmenter.cfg.top_k = 1.01, 2                                # which nothing can pass
     best = s.topk(2).indices.sort(1).values
     assert torch.equal(rectify.hypothesise(segmenter, images).nonzero()[:, 1].view(4, 2), best)
 
@@ -483,7 +483,7 @@ def test_checkpoint_is_plain(trained, method):
 
 
 def test_the_real_command_line(emoji, tmp_path):
-    """All of Emoji VOC, one epoch: rectify.json has the promised shape, numbers in percent, figures, and a table to read."""
+    """All of Emoji VOC, two epochs: it gains, and rectify.json, the figures and the printed table are as promised."""
     printed = run("--root", emoji, "--out", tmp_path, "--epochs", 2, "--views", 1)
     report = json.loads((tmp_path / "rectify.json").read_text())
     assert list(report) == ["results", "hypothesis", "config", "versions", "seconds"]
@@ -491,8 +491,9 @@ def test_the_real_command_line(emoji, tmp_path):
     for result in report["results"].values():
         assert list(result["IoU"]) == rectify.VOC_NAMES and all(0 <= v <= 100 for v in result["IoU"].values())
         assert result["mIoU"] == pytest.approx(np.mean(list(result["IoU"].values())), abs=0.01)
-    assert 10 < report["results"]["maskclip"]["mIoU"] < 90, "percent, and far better than 1 of 20 by chance"
-    assert 0.4 < report["hypothesis"]["precision"] <= 1 and 0.4 < report["hypothesis"]["recall"] <= 1
+    baseline, rectified = (r["mIoU"] for r in report["results"].values())
+    assert 40 < baseline < 70 and baseline + 3 < rectified < 100, "two of the eight epochs already gain"
+    assert report["hypothesis"]["precision"] > 0.75 and report["hypothesis"]["recall"] > 0.75
     assert 1 <= report["hypothesis"]["classes_per_image"] <= 4
     assert {"torch", "open_clip", "python"} <= report["versions"].keys()
     assert {"training", "evaluation"} <= report["seconds"].keys()
