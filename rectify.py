@@ -679,7 +679,7 @@ def training_data(segmenter, samples):
     """
     cfg, recipe, device = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.device
     K, N, crop = cfg.views, len(samples), recipe["crop"]
-    first = torch.arange(0, crop, segmenter.clip.visual.patch_size[0])                                                    # first pixel of every patch
+    first = torch.arange(0, crop, segmenter.clip.visual.patch_size[0])                  # first pixel of every patch
     shape = (3, crop, crop) if cfg.finetune else (segmenter.T.size(1), len(first), len(first))
     x = torch.empty(K, N, *shape, dtype=torch.uint8 if cfg.finetune else torch.half, device=device)
     valid = torch.empty(K, N, len(first), len(first), dtype=torch.bool, device=device)
