@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import rectify
-from rectify import (VOID, Segmenter, UserError, command_line, contrastive_loss, dataset_folder, denoise, evaluate, figure4, fit,
+from rectify import (HERE, VOID, Segmenter, UserError, command_line, contrastive_loss, dataset_folder, denoise, evaluate, figure4, fit,
                      list_samples, load_checkpoint, load_image, load_label, newest, option, predict, print_table,
                      refuse_other_run, run, save, similarity, versions, write_text)
 
@@ -37,12 +37,13 @@ from rectify import (VOID, Segmenter, UserError, command_line, contrastive_loss,
 
 # What each dataset needs beside rectify.RECIPES, whose size, crop, jitter and batch hold here too unless they are named again
 # (Table 12 gives both stages the same). rates: the dilations of ASPP; on the 8×8 grid of an emoji crop the paper's 6/12/18/24
-# read mostly padding. width: of the backbone, as a share of its own. head: learning rate of ASPP, times lr. targets: the
+# read mostly padding. width: of the backbone, as a share of its own. weights: what it starts from, timm's "imagenet" or a file
+# (Emoji VOC ships one, trained on 1,249 emoji that it does not show). head: learning rate of ASPP, times lr. targets: the
 # teacher sees each training crop (paper), or each whole picture and its mirror image once, from which crops are then cut:
 # two passes of CLIP in all, averaged; blind to how the crop looks. least: prompt denoising of the teacher.
-PAPER = dict(backbone="resnet50c", width=1.0, pretrained=True, rates=(6, 12, 18, 24), lr=0.01, head=10, targets="crop", least=0.5)
+PAPER = dict(backbone="resnet50c", width=1.0, weights="imagenet", rates=(6, 12, 18, 24), lr=0.01, head=10, targets="crop", least=0.5)
 RECIPES = {
-    "emoji": dict(backbone="resnet18", width=0.5, pretrained=False, rates=(1, 2, 4, 6), lr=0.05, head=1, targets="once", least=0,
+    "emoji": dict(backbone="resnet18", width=0.5, weights="tests/emoji/resnet18.safetensors", rates=(1, 2, 4, 6), lr=0.05, head=1, targets="once", least=0,
                   epochs=16, batch=16, size=(2048, 96), crop=64, jitter=(0.7, 1.4)),
     "voc": dict(PAPER, epochs=100),
 }
@@ -245,19 +246,21 @@ def lesson(teacher, batch, recipe, device):
 
 # ======================================================================================================== 4 student
 
-def make_backbone(name, width, pretrained):
-    """A timm backbone of output stride 8 that gives its last stage, with ImageNet's weights where they are wanted and there.
+def make_backbone(name, width=1.0, weights=""):
+    """A timm backbone of output stride 8 that gives its last stage.
 
-    width: the ResNet's channels, as a share of 64/128/256/512. Raises UserError for what timm cannot make.
+    width: the ResNet's channels, as a share of 64/128/256/512. weights: "imagenet", a file, or "" for none; where they cannot be
+    had the backbone starts from scratch, and says so. Raises UserError for what timm cannot make.
     """
     options = dict(features_only=True, output_stride=8, out_indices=(4,))
     if width != 1:
         options["channels"] = [int(width * c) for c in (64, 128, 256, 512)]
-    if pretrained:
+    if weights:
+        source = {} if weights == "imagenet" else dict(pretrained_cfg_overlay=dict(file=str(HERE / weights)))
         try:
-            return timm.create_model(name, pretrained=True, **options)
+            return timm.create_model(name, pretrained=True, **source, **options)
         except Exception as error:                      # timm, its hub and the hub's network library have no error in common
-            print(f"no ImageNet weights for {name} to be had ({type(error).__name__}): the student starts from scratch")
+            print(f"no pretrained weights for {name}, width {width}, to be had ({type(error).__name__}): it starts from scratch")
     try:
         return timm.create_model(name, **options)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
@@ -280,9 +283,9 @@ class DeepLabV2(nn.Module):
     which has signs.
     """
 
-    def __init__(self, backbone, T, R=None, scale=1.0, rates=(6, 12, 18, 24), width=1.0, pretrained=False):
+    def __init__(self, backbone, T, R=None, scale=1.0, rates=(6, 12, 18, 24), width=1.0, weights=""):
         super().__init__()
-        self.backbone = make_backbone(backbone, width, pretrained)
+        self.backbone = make_backbone(backbone, width, weights)
         channels = self.backbone.feature_info.channels()[-1]
         self.aspp = nn.ModuleList(nn.Conv2d(channels, T.size(1), 3, padding=r, dilation=r) for r in rates)
         self.register_buffer("T", T.clone())
@@ -354,7 +357,10 @@ def poly(step, steps, lr):
 
 
 def train(student, teacher, pictures, cfg, names, recipe, out):
-    """Learn the student from the teacher alone; out/distill.log.jsonl gets a line an epoch, distill.partial.pt is for --resume."""
+    """Learn the student from the teacher alone; a line an epoch in out/log.jsonl, after rectify.py's where that is there.
+
+    out/distill.partial.pt is for --resume.
+    """
     device, N = student.T.device, len(pictures)
     student = student.to(memory_format=torch.channels_last) if device.type == "cuda" else student
     torch.backends.cudnn.benchmark = True               # all crops have one size
@@ -363,6 +369,8 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
                                 cfg.lr, momentum=0.9, weight_decay=5e-4)
     weights = {"mask": cfg.mask_weight, "feature": cfg.feature_weight, "text": cfg.text_weight}
     partial, begin, log = out / "distill.partial.pt", 0, []
+    before = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").is_file() else []
+    rectifying = [entry for entry in before if '"stage": "distill"' not in entry]
     if cfg.resume and partial.is_file():
         state = load_checkpoint(partial, "student")
         refuse_other_run(state, cfg, names, partial)
@@ -403,10 +411,10 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
         line = {"epoch": epoch + 1, "loss": sum(weights[name] * total[name].item() for name in total),
                 **{name: total[name].item() for name in total}, "lr": optimizer.param_groups[0]["lr"]}
         if not math.isfinite(line["loss"]):
-            raise UserError(f"the loss is {line['loss']} in epoch {epoch + 1}; lower --lr (log: {out / 'distill.log.jsonl'})")
-        log.append({k: round(v, 6) for k, v in line.items()} | {"images_per_second": round(N / (time.time() - started), 1)})
+            raise UserError(f"the loss is {line['loss']} in epoch {epoch + 1}; lower --lr (log: {out / 'log.jsonl'})")
+        log.append({"stage": "distill"} | {k: round(v, 6) for k, v in line.items()} | {"images_per_second": round(N / (time.time() - started), 1)})
         bar.set_postfix(epoch=epoch + 1, loss=f"{line['loss']:.3f}")
-        write_text(out / "distill.log.jsonl", "\n".join(json.dumps(entry) for entry in log))
+        write_text(out / "log.jsonl", "\n".join(rectifying + [json.dumps(entry) for entry in log]))
         save(partial, {"config": asdict(cfg), "names": names, "student": student.state_dict(), "epoch": epoch + 1,
                        "log": log, "optimizer": optimizer.state_dict()})
     bar.close()
@@ -477,15 +485,15 @@ def main(argv=None):
                   "and it is not unsupervised")
         teacher = None if masks else Teacher(segmenter, cfg.teacher, recipe["least"])
         R = teacher.R if cfg.teacher == "reclip" else None
-        student = DeepLabV2(cfg.backbone, segmenter.T, R, segmenter.scale, recipe["rates"], cfg.width, recipe["pretrained"])
+        student = DeepLabV2(cfg.backbone, segmenter.T, R, segmenter.scale, recipe["rates"], cfg.width, recipe["weights"])
         student = student.to(device)
         size = sum(p.numel() for p in student.parameters()) / 1e6
-        print(f"{cfg.teacher} teaches {cfg.backbone}{'' if recipe['pretrained'] else ' from scratch'}, {size:.2f} M parameters: "
+        print(f"{cfg.teacher} teaches {cfg.backbone}, {size:.2f} M parameters: "
               f"{len(samples)} images to learn from, {len(val)} labelled ones to measure on, {len(names)} classes, {device}")
         pictures = Pictures(samples, recipe["size"], masks, len(names), cfg.ignore_gt_background)
         train(student, teacher, pictures, cfg, names, recipe, out)
         state = {"config": asdict(cfg), "names": names, "student": student.state_dict(), "mean": list(IMAGENET_DEFAULT_MEAN),
-                 "std": list(IMAGENET_DEFAULT_STD), "size": recipe["size"], "rates": recipe["rates"], "mIoU": None}
+                 "std": list(IMAGENET_DEFAULT_STD), "size": recipe["size"], "rates": recipe["rates"], "mIoU": None, "rectify": asdict(segmenter.cfg)}
         save(out / "student.pt", state)
         (out / "distill.partial.pt").unlink()
     seconds["training"] = round(time.time() - started, 1)
@@ -502,7 +510,7 @@ def main(argv=None):
     figure4(predictions, val, names, out / "figure4.png")
     print_table(results, names)
     print(f"{time.time() - started:.0f} s in all. Wrote {out}/: distill.json, figure4.png"
-          + ("" if there else ", student.pt, distill.log.jsonl"))
+          + ("" if there else ", student.pt, log.jsonl"))
 
 
 if __name__ == "__main__":
