@@ -9,7 +9,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/emoji")]
 
-import rectify  # noqa: E402  (after the path to it)
+import distill  # noqa: E402  (after the path to it)
+import rectify  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +43,12 @@ def mini(emoji, tmp_path_factory):
 def tiny():
     """The tiny CLIP that ships with the repository, and its tokenizer."""
     return rectify.load_clip(rectify.complete(rectify.Config()), torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def taught(mini, tmp_path_factory):
+    """A folder with the rectify.pt of two epochs on `mini`, and the student of eight epochs beside it."""
+    out = tmp_path_factory.mktemp("taught")
+    rectify.main(["--data", str(mini), "--names", str(mini / "names.txt"), "--out", str(out), "--epochs", "2", "--views", "1"])
+    distill.main(["--out", str(out), "--epochs", "8", "--lr", "0.01"])
+    return out

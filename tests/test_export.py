@@ -1,0 +1,193 @@
+"""What export.py promises: files that compute what PyTorch computes, and a runner that needs no PyTorch."""
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+import distill
+import export
+import rectify
+from export import BadInput
+
+
+@pytest.fixture(scope="module")
+def exported(taught):
+    """The folder of `taught` with student.onnx and student.fp16.onnx, written and checked by the command line."""
+    export.main(["--out", str(taught)])
+    return taught
+
+
+@pytest.fixture(scope="module")
+def photo(mini):
+    return sorted((mini / "JPEGImages").iterdir())[0]
+
+
+def refused(capsys, *argv):
+    """The one line on stderr with which a command line is refused, after exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        export.main([str(a) for a in argv])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def test_the_files_agree_with_pytorch_on_real_pictures(exported):
+    report = json.loads((exported / "export.json").read_text())
+    for name, (agreement, lost) in list(export.BOUNDS.items())[:2]:
+        assert report["check"][name]["agreement"] >= agreement and report["check"][name]["lost"] <= lost
+        assert name in report["results"] and report["results"][name]["mIoU"] > 0
+
+
+def test_each_file_is_whole_and_says_what_it_is(exported):
+    for name in ("student.onnx", "student.fp16.onnx"):
+        model = onnx.load(exported / name)
+        onnx.checker.check_model(model, full_check=True)
+        assert not [t for t in model.graph.initializer if t.external_data] and [i.name for i in model.graph.input] == ["image"]
+        meta = {p.key: p.value for p in model.metadata_props}
+        assert json.loads(meta["names"]) == rectify.VOC_NAMES and json.loads(meta["palette"])[0] == list(rectify.colour(0))
+        assert (meta["ignore_index"], meta["inner"]) == ("255", "96") and json.loads(meta["mIoU"]) > 0
+    assert (exported / "student.fp16.onnx").stat().st_size < 0.6 * (exported / "student.onnx").stat().st_size
+    assert not list(exported.glob("tmp*")), "nothing half-written is left"
+
+
+@pytest.mark.parametrize("shape", [(1, 96, 96), (2, 101, 87), (3, 63, 200), (1, 375, 500), (1, 9, 1)])
+def test_any_size_and_any_batch(exported, shape):
+    """Sizes that tracing has not seen, odd ones, batches: the mask has the picture's size and is PyTorch's."""
+    product = export.make_product(distill.load_student(exported / "student.pt")[0], 96)
+    noise = torch.rand(shape[0], 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 255
+    image = torch.nn.functional.interpolate(noise, shape[1:], mode="bilinear").byte().permute(0, 2, 3, 1).contiguous()
+    mask = export.open_model(exported / "student.onnx").run(None, {"image": image.numpy()})[0]
+    with torch.no_grad():
+        assert mask.shape == shape and mask.dtype == np.uint8 and (mask == product(image).numpy()).mean() > 0.999
+
+
+def test_probabilities_on_request(taught, photo, tmp_path):
+    student, _ = distill.load_student(taught / "student.pt")
+    meta = {"names": "[]", "palette": "[]", "inner": "96"}
+    export.write_onnx(export.make_product(student, 96, probabilities=True), tmp_path / "p.onnx", meta)
+    image = np.asarray(Image.open(photo))[None]
+    mask, p = export.open_model(tmp_path / "p.onnx").run(["mask", "probabilities"], {"image": image})
+    assert p.shape == (1, 20, *image.shape[1:3]) and np.allclose(p.sum(1), 1, atol=1e-5) and (p.argmax(1) == mask).mean() > 0.999
+
+
+def test_int8_is_a_quantised_file_that_runs(exported, mini, photo, tmp_path):
+    export.write_int8(exported / "student.onnx", tmp_path / "student.int8.onnx", rectify.list_samples(mini, "train")[:8],
+                      {p.key: p.value for p in onnx.load(exported / "student.onnx").metadata_props})
+    assert (tmp_path / "student.int8.onnx").stat().st_size < 0.4 * (exported / "student.onnx").stat().st_size
+    image = np.asarray(Image.open(photo))[None]
+    mask, exact = (export.open_model(p).run(None, {"image": image})[0]
+                   for p in (tmp_path / "student.int8.onnx", exported / "student.onnx"))
+    assert (mask == exact).mean() > 0.6
+
+
+def test_the_check_notices_a_file_that_computes_something_else(exported, mini, tmp_path):
+    """One convolution's weights shuffled: the check refuses the file and says how far it is off."""
+    model = onnx.load(exported / "student.onnx")
+    weights = max(model.graph.initializer, key=lambda t: len(t.raw_data))
+    values = np.frombuffer(weights.raw_data, np.float32).copy()
+    weights.raw_data = np.random.default_rng(0).permutation(values).tobytes()
+    onnx.save(model, tmp_path / "wrong.onnx")
+    product = export.make_product(distill.load_student(exported / "student.pt")[0], 96, probabilities=True)
+    with pytest.raises(BadInput, match="is not what PyTorch computes"):
+        export.check(product, {"student.onnx": export.open_model(tmp_path / "wrong.onnx")}, [],
+                     rectify.list_samples(mini, "val"), rectify.VOC_NAMES)
+
+
+def test_a_folder_without_labels_is_checked_on_its_own_pictures(exported, mini):
+    product = export.make_product(distill.load_student(exported / "student.pt")[0], 96, probabilities=True)
+    found, results = export.check(product, {"student.onnx": export.open_model(exported / "student.onnx")},
+                                  rectify.list_samples(mini, "train"), [], rectify.VOC_NAMES)
+    assert found["student.onnx"]["agreement"] > 0.999 and results == {}
+
+
+def without_torch(*argv):
+    """Run export.py in a process in which importing torch fails."""
+    code = (f"import sys; sys.modules['torch'] = None; sys.path.insert(0, {str(rectify.HERE)!r})\n"
+            f"import export; export.main({[str(a) for a in argv]!r})")
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_a_picture_becomes_a_mask_without_pytorch(exported, photo, tmp_path):
+    done = without_torch("--run", exported / "student.onnx", "--image", photo, "--mask", tmp_path / "mask.png",
+                         "--overlay", tmp_path / "over.png")
+    assert done.returncode == 0 and "CPUExecutionProvider" in done.stdout, done.stderr
+    with Image.open(tmp_path / "mask.png") as mask, Image.open(photo) as picture, Image.open(tmp_path / "over.png") as over:
+        assert mask.mode == "P" and mask.size == picture.size and over.width >= picture.width
+        values, picture = np.asarray(mask), np.asarray(picture)
+    expected = export.open_model(exported / "student.onnx").run(None, {"image": picture[None]})[0][0]
+    assert (values == expected + 1).all(), "VOC's values: class c is c + 1"
+
+
+def test_a_folder_becomes_a_folder_of_masks_that_can_teach(exported, mini, tmp_path):
+    """The masks have the values that `distill.py --teacher DIR` wants."""
+    export.main(["--run", str(exported / "student.onnx"), "--image", str(mini / "JPEGImages"), "--mask", str(tmp_path / "masks")])
+    samples = rectify.list_samples(mini, "train")
+    assert len(list((tmp_path / "masks").glob("*.png"))) == len(list((mini / "JPEGImages").iterdir()))
+    distill.check_masks(tmp_path / "masks", samples, 20)
+
+
+def test_a_long_picture_is_segmented_smaller_and_its_mask_is_not(exported):
+    picture = Image.new("RGB", (2 * export.LARGEST, 40), "green")
+    mask = export.segment(export.open_model(exported / "student.onnx"), picture)
+    assert mask.shape == (40, 2 * export.LARGEST)
+
+
+def test_bad_input_is_one_line(exported, photo, tmp_path, capsys, monkeypatch):
+    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "half.jpg").write_bytes(photo.read_bytes()[:900])
+    (tmp_path / "half.onnx").write_bytes((exported / "student.onnx").read_bytes()[:50_000])
+    node = onnx.helper.make_node("Identity", ["image"], ["mask"])
+    info = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.UINT8, [1]) for n in ("image", "mask")]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "other", info[:1], info[1:]),
+                                     opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), tmp_path / "other.onnx")
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "empty").mkdir()
+    model, out = exported / "student.onnx", tmp_path / "m.png"
+    for image, words in (("text.jpg", "not a readable image"), ("half.jpg", "not a readable image"), ("none.jpg", "no such file"),
+                         ("empty", "holds no images")):
+        assert words in refused(capsys, "--run", model, "--image", tmp_path / image, "--mask", out)
+    for file, words in (("half.onnx", "not a whole ONNX file"), ("other.onnx", "not one of export.py's"), ("none.onnx", "no such file")):
+        assert words in refused(capsys, "--run", tmp_path / file, "--image", photo, "--mask", out)
+    assert "cannot be written" in refused(capsys, "--run", model, "--image", photo, "--mask", tmp_path / "file/m.png")
+    assert not out.exists() and not list(tmp_path.glob("*.tmp"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert "decompression bomb" in refused(capsys, "--run", model, "--image", photo, "--mask", out)
+
+
+def test_a_provider_that_is_not_there_is_an_error_where_it_was_named(exported, photo, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    line = refused(capsys, "--run", exported / "student.onnx", "--image", photo, "--mask", tmp_path / "m.png", "--provider", "cuda")
+    assert "ONNX Runtime runs on CPUExecutionProvider" in line and "pip install" in line
+
+
+def test_without_a_student_the_command_that_makes_one_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "python distill.py" in refused(capsys)
+    assert "no such checkpoint" in refused(capsys, "--out", tmp_path)
+
+
+def test_readmes_ten_lines_do_what_they_say(exported, photo, tmp_path, monkeypatch, capsys):
+    """The deployment snippet, executed as it stands there."""
+    text = (rectify.HERE / "README.md").read_text()
+    snippet = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "InferenceSession" in block)
+    assert len(snippet.strip().splitlines()) <= 10
+    (tmp_path / "runs/emoji").mkdir(parents=True)
+    (tmp_path / "runs/emoji/student.onnx").write_bytes((exported / "student.onnx").read_bytes())
+    (tmp_path / "photo.jpg").write_bytes(photo.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "README", "exec"), {})
+    assert "%" in capsys.readouterr().out
+
+
+def test_timing_is_interleaved_and_the_first_call_stands_apart():
+    order = []
+    times = export.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0, least=3)
+    assert order[:4] == ["a", "a", "b", "b"] and order[4:] == ["a", "b"] * 3 and set(times) == {"a", "b"}
