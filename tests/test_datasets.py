@@ -343,7 +343,8 @@ def test_offline_every_missing_file_is_listed(published, tmp_path, dataset):
 
 @pytest.mark.parametrize("name, pack, member", [
     ("evil.tar", tar, "../../evil.txt"), ("evil.tar", tar, "fine/../../../evil.txt"),
-    ("evil.zip", zipped, "../../evil.txt"), ("evil.zip", zipped, "fine/../../../evil.txt"), ("evil.zip", zipped, "{root}/evil.txt")])
+    ("evil.zip", zipped, "../../evil.txt"), ("evil.zip", zipped, "fine/../../../evil.txt"),
+    ("evil.zip", zipped, "{root}/evil.txt")])
 def test_an_archive_cannot_leave_its_folder(tmp_path, name, pack, member):
     """A member with a path that leads out: nothing is written out there, and nothing half is left."""
     outside, target = tmp_path / "evil.txt", tmp_path / "a/to"
