@@ -5,7 +5,7 @@ far from the centre. This script learns that bias from the pictures alone, subtr
 
     python rectify.py                                    # Emoji VOC, ships with the repository: no GPU, no internet
     python rectify.py --method reclip                    # the CVPR paper's bias model instead of the journal's
-    python rectify.py --dataset voc                      # PASCAL VOC 2012 with OpenAI's ViT-B/16
+    python rectify.py --dataset voc                      # PASCAL VOC 2012 with OpenAI's ViT-B/16; or context, ade
     python rectify.py --data my_photos --names names.txt # a folder of your own, no labels needed
     python rectify.py --image photo.jpg --names "dog, horse"    # one picture, any words, with the newest run
 
@@ -25,9 +25,13 @@ import shutil
 import sys
 import tarfile
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
+from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -46,6 +50,33 @@ class UserError(Exception):
 
 # ================================================================================================== 1 configuration
 
+# What each dataset needs. The published settings for the real ones (supplement, Table 12, and the released configs); what
+# measures best on Emoji VOC for itself and for folders of your own. size: (long, short), the sides in px that an image may
+# have. jitter, crop: augmentation. window: px of the sliding hypothesis. whole: the hypothesis sees all of the image, not
+# CLIP's centre crop. ring: px, the bins of Fig. 1(a). Where the methods differ, a dict holds the value of each.
+PUBLISHED = dict(
+    clip="ViT-B-16-quickgelu", pretrained="openai", jitter=(0.5, 2.0), ring=40, whole=False, hypothesis="threshold",
+    method="reclip", norm="frobenius", prompt="shared", pool="grid", start="random", alpha={"reclip": 1000, "reclip++": 100},
+    optimizer="sgd", lr_encoder=1e-4, weight_decay=5e-4, views=4)
+RECIPES = {
+    "emoji": dict(
+        clip="local-dir:tests/emoji/clip", pretrained="",
+        size=(2048, 192), jitter=(0.8, 1.25), crop=192, window=96, ring=10, whole=True,
+        hypothesis="softmax", t=0.1, top_k=1,
+        method="reclip++", norm="frobenius", prompt="per-class", pool="grid", start="zero", alpha=100, denoise=0,
+        optimizer="adam", lr=1e-2, lr_conv={"reclip": 1e-4, "reclip++": 1e-3}, lr_encoder=1e-4, weight_decay=0,
+        epochs=8, batch=16, views=2),
+    # window: a sixth of the crop. lr: 0.01 was released for batch 1; scaled to the batch
+    "voc": dict(PUBLISHED, size=(2048, 512), crop=520, window=86, t=0.23, top_k=2, denoise={"reclip": 0.5, "reclip++": 1.0},
+                epochs=200, batch=12, lr=0.12, lr_conv=0.12),
+    "context": dict(PUBLISHED, size=(520, 520), crop=480, window=80, t=0.20, top_k=6, denoise={"reclip": 0.6, "reclip++": 0.85},
+                    epochs=400, batch=12, lr=0.12, lr_conv=0.12),
+    "ade": dict(PUBLISHED, size=(2048, 512), crop=512, window=85, t=0.21, top_k=5, denoise={"reclip": 0.5, "reclip++": 0.5},
+                epochs=300, batch=8, lr=0.08, lr_conv=0.08),
+}
+SHARPNESS = {"reclip": 100, "reclip++": 10}             # of prompt denoising: softmax(sharpness · logits), authors' code
+
+
 def option(default, help, choices=None):
     """A field of a configuration: its default, the sentence shown by --help, and what it may be."""
     return field(default=default, metadata={"help": help, "choices": choices})
@@ -53,7 +84,7 @@ def option(default, help, choices=None):
 
 @dataclass
 class Config:
-    dataset: str = option("", "which recipe and data to use (default emoji)", ["emoji", "voc"])
+    dataset: str = option("", "which recipe and data to use (default emoji)", list(RECIPES))
     root: str = option("data", "folder that holds the datasets")
     data: str = option("", "a folder of your own instead: VOC's layout, or just images")
     names: str = option("", "class names: a file with one a line, or words separated by commas")
@@ -84,30 +115,6 @@ class Config:
     resume: bool = option(False, "go on with the interrupted run in --out")
     eval: str = option("", "evaluate this checkpoint instead of training")
     image: str = option("", "segment this picture instead of training, with --names and the checkpoint in --out")
-
-
-# What each dataset needs. The published settings for the real ones (supplement, Table 12, and the released configs); what
-# measures best on Emoji VOC for itself and for folders of your own. size: (long, short), the sides in px that an image may
-# have. jitter, crop: augmentation. window: px of the sliding hypothesis. whole: the hypothesis sees all of the image, not
-# CLIP's centre crop. ring: px, the bins of Fig. 1(a). Where the methods differ, a dict holds the value of each.
-RECIPES = {
-    "emoji": dict(
-        clip="local-dir:tests/emoji/clip", pretrained="",
-        size=(2048, 192), jitter=(0.8, 1.25), crop=192, window=96, ring=10, whole=True,
-        hypothesis="softmax", t=0.1, top_k=1,
-        method="reclip++", norm="frobenius", prompt="per-class", pool="grid", start="zero", alpha=100, denoise=0,
-        optimizer="adam", lr=1e-2, lr_conv={"reclip": 1e-4, "reclip++": 1e-3}, lr_encoder=1e-4, weight_decay=0,
-        epochs=8, batch=16, views=2),
-    "voc": dict(
-        clip="ViT-B-16-quickgelu", pretrained="openai",
-        size=(2048, 512), jitter=(0.5, 2.0), crop=520, window=86, ring=40, whole=False,
-        hypothesis="threshold", t=0.23, top_k=2,
-        method="reclip", norm="frobenius", prompt="shared", pool="grid", start="random",
-        alpha={"reclip": 1000, "reclip++": 100}, denoise={"reclip": 0.5, "reclip++": 1.0},
-        optimizer="sgd", lr=0.12, lr_conv=0.12, lr_encoder=1e-4, weight_decay=5e-4,     # released: 0.01 at batch 1; scaled to 12
-        epochs=200, batch=12, views=4),
-}
-SHARPNESS = {"reclip": 100, "reclip++": 10}             # of prompt denoising: softmax(sharpness · logits), authors' code
 
 
 def recipe_of(cfg):
@@ -169,12 +176,43 @@ def command_line(config, doc, argv=None):
 
 VOC_NAMES = ["airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog",
              "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
-# dataset: (archive, md5 of the archive, folder in it that holds JPEGImages, class names)
+CONTEXT_NAMES = [
+    "airplane", "bag", "bed", "bedclothes", "bench", "bicycle", "bird", "boat", "book", "bottle", "building", "bus", "cabinet",
+    "car", "cat", "ceiling", "chair", "cloth", "computer", "cow", "cup", "curtain", "dog", "door", "fence", "floor", "flower",
+    "food", "grass", "ground", "horse", "keyboard", "light", "motorbike", "mountain", "mouse", "person", "plate", "platform",
+    "potted plant", "road", "rock", "sheep", "shelves", "sidewalk", "sign", "sky", "snow", "sofa", "table", "track", "train",
+    "tree", "truck", "tv monitor", "wall", "water", "window", "wood"]
+# The category ids of these 59 among the 459 of trainval_merged.json, which are alphabetical too.
+CONTEXT_IDS = [
+    2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113, 115, 144, 158, 159, 162, 187,
+    189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349, 354, 355, 360, 366, 368, 397, 415, 416, 420, 424,
+    427, 440, 445, 454, 458]
+ADE_NAMES = [
+    "wall", "building", "sky", "floor", "tree", "ceiling", "road", "bed", "windowpane", "grass", "cabinet", "sidewalk", "person",
+    "earth", "door", "table", "mountain", "plant", "curtain", "chair", "car", "water", "painting", "sofa", "shelf", "house",
+    "sea", "mirror", "rug", "field", "armchair", "seat", "fence", "desk", "rock", "wardrobe", "lamp", "bathtub", "railing",
+    "cushion", "base", "box", "column", "signboard", "chest of drawers", "counter", "sand", "sink", "skyscraper", "fireplace",
+    "refrigerator", "grandstand", "path", "stairs", "runway", "case", "pool table", "pillow", "screen door", "stairway", "river",
+    "bridge", "bookcase", "blind", "coffee table", "toilet", "flower", "book", "hill", "bench", "countertop", "stove", "palm",
+    "kitchen island", "computer", "swivel chair", "boat", "bar", "arcade machine", "hovel", "bus", "towel", "light", "truck",
+    "tower", "chandelier", "awning", "streetlight", "booth", "television receiver", "airplane", "dirt track", "apparel", "pole",
+    "land", "bannister", "escalator", "ottoman", "bottle", "buffet", "poster", "stage", "van", "ship", "fountain",
+    "conveyer belt", "canopy", "washer", "plaything", "swimming pool", "stool", "barrel", "basket", "waterfall", "tent", "bag",
+    "minibike", "cradle", "oven", "ball", "food", "step", "tank", "trade name", "microwave", "pot", "animal", "bicycle", "lake",
+    "dishwasher", "screen", "blanket", "sculpture", "hood", "sconce", "vase", "traffic light", "tray", "ashcan", "fan", "pier",
+    "crt screen", "plate", "monitor", "bulletin board", "shower", "radiator", "glass", "clock", "flag"]
+PASCAL = "http://host.robots.ox.ac.uk/pascal/VOC"
+# dataset: (its files with their md5, the archive first; folder in the archive that holds the pictures; class names)
 DATASETS = {
-    "emoji": (HERE / "tests/emoji/emoji-voc.tar", "551b084098f476f71b41547dad04d51a", "VOCdevkit/VOC2012", VOC_NAMES),
-    "voc": ("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-            "6cd6e144f989b92b3379bac3b3de84fd", "VOCdevkit/VOC2012", VOC_NAMES)}
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+    "emoji": ([(HERE / "tests/emoji/emoji-voc.tar", "551b084098f476f71b41547dad04d51a")], "VOCdevkit/VOC2012", VOC_NAMES),
+    "voc": ([(f"{PASCAL}/voc2012/VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd")],
+            "VOCdevkit/VOC2012", VOC_NAMES),
+    "context": ([(f"{PASCAL}/voc2010/VOCtrainval_03-May-2010.tar", "da459979d0c395079b5c75ee67908abb"),
+                 ("https://codalabuser.blob.core.windows.net/public/trainval_merged.json", "3c2d0c0656b7be9eb61928ffe885d8ce")],
+                "VOCdevkit/VOC2010", CONTEXT_NAMES),
+    "ade": ([("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip", "7328b3957e407ddae1d3cbf487f149ef")],
+            "ADEChallengeData2016", ADE_NAMES)}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 VOID = 255
 
 
@@ -186,54 +224,161 @@ class Sample:
     label: Path | None
 
 
+def md5_of(path):
+    """The md5 of a file, read in pieces: VOC's archive has 2 GB."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def download(url, md5, path):
+    """Fetch a file to `path`, where it appears once its md5 is right; what a cut connection left in `path`.part is gone on with.
+
+    A right file at `path` is taken as it is. Raises UserError, which tells address, md5 and path to whoever must fetch by hand.
+    """
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.is_file() else 0
+    request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        if path.is_file():
+            if md5_of(path) == md5:
+                return
+            raise OSError("another file is there")
+        try:
+            with urlopen(request, timeout=60) as reply:
+                have = have if reply.status == 206 else 0           # a server that ignores Range sends all of it again
+                left, free = int(reply.headers.get("Content-Length", 0)), shutil.disk_usage(path.parent).free
+                if left > free:
+                    raise OSError(f"{left / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB of disk free")
+                bar = tqdm(total=have + left, initial=have, desc=path.name, unit="B", unit_scale=True, leave=False)
+                with bar, open(part, "ab" if have else "wb") as file:
+                    while piece := reply.read(1 << 20):
+                        bar.update(file.write(piece))
+                if part.stat().st_size < have + left:
+                    raise OSError("the connection was cut; the same command goes on from there")
+        except HTTPError as error:
+            if error.code != 416:                                   # 416: there is nothing left to fetch
+                raise
+        if md5_of(part) != md5:
+            part.unlink()
+            raise OSError("what came is not the published file")
+        part.rename(path)
+    except (OSError, HTTPException) as error:
+        raise UserError(f"{path}: not downloaded ({error}); fetch {url} yourself (md5 {md5}) and put it there")
+
+
 def unpack(archive, md5, target):
-    """Check an archive against its md5 and unpack it to `target`, which appears only when it is whole."""
+    """Check an archive (tar or zip) against its md5 and unpack it to `target`, which appears only when it is whole.
+
+    Raises UserError, also for a member that would leave the folder.
+    """
     if target.exists():
         raise UserError(f"{target}: is in the way of unpacking {archive.name}; move it, or give another --root")
     if not archive.is_file():
         raise UserError(f"{archive}: missing; it comes with the repository")
-    with open(archive, "rb") as file:
-        digest = hashlib.file_digest(file, "md5").hexdigest()       # in pieces: VOC's archive has 2 GB
-    if digest != md5:
+    if md5_of(archive) != md5:
         raise UserError(f"{archive}: not the published file (its md5 is not {md5}); delete it and fetch it again")
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(partial, filter="data")      # refuses members that would leave the folder
-    except tarfile.TarError as error:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as file:
+                for name in file.namelist():
+                    if not (partial / name).resolve().is_relative_to(partial.resolve()):
+                        raise OSError(f"{name} would leave the folder")
+                file.extractall(partial)
+        else:
+            with tarfile.open(archive) as file:
+                file.extractall(partial, filter="data")             # refuses members that would leave the folder
+    except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{archive}: not unpacked: {error}")
     partial.rename(target)
 
 
+def decode_rle(counts, size):
+    """A mask in COCO's run-length code: H×W bool. The runs of false and true take turns, down one column after the other.
+
+    counts: the lengths of the runs, or COCO's string of them: 5 bits a character, the lowest first, in two's complement; from
+    the fourth run on the difference from the run before the last. size: (H, W). Raises ValueError where they do not fill it.
+    """
+    if isinstance(counts, str):
+        runs, value, shift = [], 0, 0
+        for character in counts:
+            bits = ord(character) - 48
+            value, shift = value | (bits & 31) << shift, shift + 5
+            if not bits & 32:                                       # the last character of a number
+                value -= (bits & 16) << (shift - 4)                 # its highest bit is the sign
+                runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+                value = shift = 0
+        counts = runs
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size[::-1]).T
+
+
+def convert_context(folder, annotations):
+    """Write PASCAL Context's 59 classes into VOC2010's folder: SegmentationClassContext/*.png (class c as c + 1, all else 0),
+    ImageSets/SegmentationContext/{train,val}.txt. The lists appear last: where they are, the masks are whole.
+
+    annotations: trainval_merged.json. Its fields are taken from public readers of it, the file itself was not at hand: images
+    (image_id, file_name, height, width, phase: the split), annos_segmentation (image_id, category_id, segmentation: RLE), where
+    a later one lies over the earlier ones. Raises UserError where it is not so.
+    """
+    masks, lists = folder / "SegmentationClassContext", folder / "ImageSets/SegmentationContext"
+    partial = lists.with_name(lists.name + ".partial")
+    for path in (masks, partial):
+        path.mkdir(parents=True, exist_ok=True)
+    value, pieces, names = {c: k + 1 for k, c in enumerate(CONTEXT_IDS)}, {}, {}
+    try:
+        data = json.loads(annotations.read_text("utf-8"))
+        for piece in data["annos_segmentation"]:
+            pieces.setdefault(piece["image_id"], []).append(piece)
+        for image in tqdm(data["images"], "converting masks", unit="img", leave=False):
+            mask = np.zeros((image["height"], image["width"]), np.uint8)
+            for piece in pieces.get(image["image_id"], []):
+                mask[decode_rle(piece["segmentation"]["counts"], mask.shape)] = value.get(piece["category_id"], 0)
+            name, picture = Path(image["file_name"]).stem, Image.fromarray(mask)
+            picture.putpalette(palette())
+            picture.save(masks / f"{name}.png")
+            names.setdefault(image["phase"], []).append(name)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{annotations}: not PASCAL Context's annotations ({error!r}); delete it and fetch it again")
+    for phase, listed in names.items():
+        (partial / f"{phase}.txt").write_text("\n".join(sorted(listed)) + "\n")
+    partial.rename(lists)
+
+
 def dataset_folder(cfg):
-    """The folder that holds a dataset's JPEGImages; downloads and unpacks it the first time."""
+    """The folder that holds a dataset's pictures; downloads, unpacks and converts what is not there yet. Raises UserError."""
     if cfg.data:
         if not Path(cfg.data).is_dir():
             raise UserError(f"{cfg.data}: no such folder; --data wants a folder of images")
         return Path(cfg.data)
-    archive, md5, inside, _ = DATASETS[cfg.dataset]
-    target = Path(cfg.root) / cfg.dataset
-    if not (target / inside).is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not isinstance(archive, Path):
-            from torchvision.datasets.utils import download_url
-            try:
-                download_url(archive, cfg.root, md5=md5)
-            except (OSError, RuntimeError) as error:
-                raise UserError(f"cannot download {archive} ({error}); fetch it yourself (md5 {md5}) "
-                                f"and put it at {Path(cfg.root) / archive.split('/')[-1]}")
-            archive = Path(cfg.root) / archive.split("/")[-1]
-        print(f"unpacking {archive.name} to {target}")
-        unpack(archive, md5, target)
-    return target / inside
+    files, inside, _ = DATASETS[cfg.dataset]
+    root, target = Path(cfg.root), Path(cfg.root) / cfg.dataset
+    folder, context = target / inside, target / inside / "ImageSets/SegmentationContext"
+    needed = ([] if folder.is_dir() else files[:1]) + ([] if context.is_dir() else files[1:])
+    root.mkdir(parents=True, exist_ok=True)
+    paths, failed = [], []
+    for address, md5 in needed:
+        paths.append(address if isinstance(address, Path) else root / Path(address).name)
+        try:
+            if paths[-1] != address:
+                download(address, md5, paths[-1])
+        except UserError as error:                      # go on, so that one message names every file that is missing
+            failed.append(str(error))
+    if failed:
+        raise UserError("; ".join(failed))
+    if not folder.is_dir():
+        print(f"unpacking {paths[0].name} to {target}")
+        unpack(paths[0], files[0][1], target)
+    if files[1:] and not context.is_dir():
+        convert_context(folder, paths[-1])
+    return folder
 
 
 def class_names(cfg):
     """The class names: --names (a file, or words with commas between) or the dataset's own. Raises UserError."""
     if not cfg.names:
-        return DATASETS[cfg.dataset][3]
+        return DATASETS[cfg.dataset][2]
     is_file = os.path.isfile(cfg.names)                 # os.path: a long list of words is no path, and no error
     if not is_file and "," not in cfg.names and (os.sep in cfg.names or Path(cfg.names).suffix == ".txt"):
         raise UserError(f"{cfg.names}: no such file; --names wants a file with one class name a line, or words and commas")
@@ -251,25 +396,36 @@ def class_names(cfg):
 
 
 def list_samples(folder, split):
-    """The samples of a split. VOC's layout where ImageSets/ exists, else every image in the folder, without labels.
+    """The samples of a split: the listed ones where ImageSets/ exists (PASCAL Context's lists before VOC's), those of
+    images/ and annotations/ in ADE20K's layout, else every image in the folder, without labels.
 
-    Images meet their labels by name. A plain folder is all train and no val.
+    Images meet their labels by name. A plain folder is all train and no val. Raises UserError.
     """
-    index = folder / "ImageSets/Segmentation" / f"{split}.txt"
-    if not (folder / "ImageSets").is_dir():
-        pictures = folder / "JPEGImages" if (folder / "JPEGImages").is_dir() else folder        # not the masks beside them
-        images = sorted(p for p in pictures.rglob("*") if p.suffix.lower() in SUFFIXES)
+    kind = "Context" if (folder / "ImageSets/SegmentationContext").is_dir() else ""
+    pictures, labels = folder / "JPEGImages", folder / f"SegmentationClass{kind}"
+    index = folder / f"ImageSets/Segmentation{kind}" / f"{split}.txt"
+    if (folder / "ImageSets").is_dir():
+        if not index.is_file():
+            raise UserError(f"{index}: missing; write the names of the {split} images there, one a line")
+        names = [line.strip() for line in index.read_text().splitlines() if line.strip()]
+        if not names:
+            raise UserError(f"{index}: empty; write the names of the {split} images there, one a line")
+        images = [next((p for p in (pictures / f"{n}{suffix}" for suffix in SUFFIXES) if p.is_file()), pictures / f"{n}.jpg")
+                  for n in names]
+    else:
+        ade = {"train": "training", "val": "validation"}[split]
+        if (folder / "annotations").is_dir() and (folder / "images" / ade).is_dir():
+            pictures, labels = folder / "images" / ade, folder / "annotations" / ade
+        elif split == "val":
+            return []
+        else:
+            pictures, labels = pictures if pictures.is_dir() else folder, None      # not the masks beside them
+        images, index = sorted(p for p in pictures.rglob("*") if p.suffix.lower() in SUFFIXES), pictures
         if not images:
-            raise UserError(f"{folder}: holds no images ({' '.join(sorted(SUFFIXES))})")
-        return [Sample(p.stem, p, None) for p in images] if split == "train" else []
-    if not index.is_file():
-        raise UserError(f"{index}: missing; write the names of the {split} images there, one a line")
-    names = index.read_text().split()
-    if not names:
-        raise UserError(f"{index}: empty; write the names of the {split} images there, one a line")
-    labelled = (folder / "SegmentationClass").is_dir()
-    samples = [Sample(n, folder / f"JPEGImages/{n}.jpg", folder / f"SegmentationClass/{n}.png" if labelled else None)
-               for n in names]
+            raise UserError(f"{pictures}: holds no images ({' '.join(sorted(SUFFIXES))})")
+        names = [p.stem for p in images]
+    labelled = labels is not None and labels.is_dir()
+    samples = [Sample(n, p, labels / f"{n}.png" if labelled else None) for n, p in zip(names, images)]
     for path in [p for s in samples for p in (s.image, s.label) if p and not p.is_file()]:
         raise UserError(f"{path}: missing, though {index} lists it; restore the file or take it off the list")
     return samples

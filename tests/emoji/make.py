@@ -525,7 +525,7 @@ def main():
     if args.only in (None, "voc"):
         make_voc(args.out / "emoji-voc.tar", args.seed, train=1200, val=400)
         md5 = hashlib.md5((args.out / "emoji-voc.tar").read_bytes()).hexdigest()
-        print(f"emoji-voc.tar: md5 {md5} (rectify.DATASETS knows {rectify.DATASETS['emoji'][1]})")
+        print(f"emoji-voc.tar: md5 {md5} (rectify.DATASETS knows {rectify.DATASETS['emoji'][0][0][1]})")
     if args.only in (None, "clip"):
         pretrain(args.out / "clip", args.seed, args.pictures, args.steps, batch=128)
     if args.only in (None, "backbone"):
