@@ -45,7 +45,7 @@ PAPER = dict(backbone="resnet50c", width=1.0, weights="imagenet", rates=(6, 12, 
 RECIPES = {
     "emoji": dict(backbone="resnet18", width=0.5, weights="tests/emoji/resnet18.safetensors", rates=(1, 2, 4, 6), lr=0.05, head=1, targets="once", least=0,
                   epochs=16, batch=16, size=(2048, 96), crop=64, jitter=(0.7, 1.4)),
-    "voc": dict(PAPER, epochs=100),
+    "voc": dict(PAPER, epochs=100), "context": dict(PAPER, epochs=50), "ade": dict(PAPER, epochs=20),
 }
 SHARPNESS = 10                                          # denoising the teacher: softmax(10 · logits), as the authors distil
 FLOOR, POWER = 1e-4, 0.9                                # poly schedule: no learning rate falls below the floor
