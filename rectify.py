@@ -608,10 +608,9 @@ def kept_text_features(clip, tokenizer, names, cfg):
     weights = [p.sum(dtype=torch.double).item() for p in clip.parameters()]             # tells weights apart, without a slow hash
     key = repr((cfg.clip, weights, names, [template("") for template in templates()]))
     path = Path(cfg.root) / f"cache/text-{hashlib.md5(key.encode()).hexdigest()}.pt"
-    try:
+    with contextlib.suppress(Exception):                # not there, or broken: torch.load has no error class of its own
         return torch.load(path, map_location=clip.logit_scale.device, weights_only=True)
-    except Exception:                                   # not there, or broken: torch.load has no error class of its own
-        T = text_features(clip, tokenizer, names)
+    T = text_features(clip, tokenizer, names)
     with contextlib.suppress(OSError):                  # a root that cannot be written to costs time and nothing else
         path.parent.mkdir(parents=True, exist_ok=True)
         save(path, T)
@@ -747,7 +746,7 @@ class Segmenter:
         self.tokens, L = name_tokens(self.clip, self.tokenizer, names)
         self.T = kept_text_features(self.clip, self.tokenizer, names, cfg)
         self.scale = self.clip.logit_scale.exp().item()
-        self.rectifier, self.R = None, None
+        self.rectifier = self.R = None                  # R: kept by `reference` where nothing trains
         if cfg.method != "maskclip":
             self.rectifier = Rectifier(cfg, len(names), self.T.size(1), self.clip.visual.conv1.out_channels,
                                        _text(self.clip).token_embedding.embedding_dim, L).to(device)
@@ -854,7 +853,7 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     try:                                                # with what the system's file cache would give back
         return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
-    except OSError:
+    except (OSError, IndexError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 

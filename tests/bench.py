@@ -40,7 +40,8 @@ EPOCHS = 200                                            # of VOC's schedule (Tab
 TARGETS = {                                             # of a row: (which side is good, the bound)
     "cpu": {"cached epoch against the authors' recipe": (">=", 20), "dense CLIP against open_clip's forward": (">=", 0.9)},
     "cuda": {"cached epoch against the authors' recipe": (">=", 50), "dense CLIP against open_clip's forward": (">=", 0.9),
-             f"{EPOCHS} cached epochs": ("<=", 180), "student step, of the bf16 peak": (">=", 40), "teacher, of that step": ("<=", 10)},
+             f"{EPOCHS} cached epochs": ("<=", 180),
+             "student step, of the bf16 peak": (">=", 40), "teacher, of that step": ("<=", 10)},
 }
 
 

@@ -17,8 +17,9 @@ def test_bench_prints_a_table_and_writes_it(emoji, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(emoji)
     monkeypatch.setattr(rectify, "pick_device", lambda cfg: torch.device("cpu"))
-    monkeypatch.setitem(bench.SIZES, "cpu", dict(images=4, batch=2, steps=2, repeats=1, base=dict(images=2, classes=3, side=24), grow=dict(
-        images=(2, 4), classes=(3, 6), side=(24, 48))))
+    monkeypatch.setitem(bench.SIZES, "cpu", dict(
+        images=4, batch=2, steps=2, repeats=1, base=dict(images=2, classes=3, side=24),
+        grow=dict(images=(2, 4), classes=(3, 6), side=(24, 48))))
     bench.main(["--out", str(tmp_path / "out")])
     printed, report = capsys.readouterr().out, json.loads((tmp_path / "out/bench.json").read_text())
     rows = {row["what"]: row for row in report["rows"]}

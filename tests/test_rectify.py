@@ -615,7 +615,7 @@ def test_free_memory_is_a_number_of_bytes(monkeypatch):
 def test_text_features_are_computed_once(tmp_path, monkeypatch):
     """The second Segmenter reads T from <root>/cache; other names or weights do not, and a broken file is made again."""
     asked, compute = [], rectify.text_features
-    monkeypatch.setattr(rectify, "text_features", lambda clip, tokenizer, names: asked.append(names) or compute(clip, tokenizer, names))
+    monkeypatch.setattr(rectify, "text_features", lambda *args: asked.append(args) or compute(*args))
     build = lambda *names: rectify.Segmenter(complete(Config(root=str(tmp_path), method="maskclip")), list(names), CPU)
     first, second = build("cat", "dog"), build("cat", "dog")
     assert len(asked) == 1 and torch.equal(first.T, second.T)
