@@ -14,11 +14,13 @@ The letters are the paper's: f dense feature, T text feature, R Reference featur
 bias, B bias logit map, M mask, y image-level hypothesis; B images, C classes, D dimensions, h×w patches, H×W pixels.
 """
 import argparse
+import contextlib
 import copy
 import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -601,6 +603,20 @@ def text_features(clip, tokenizer, names):
     return torch.stack(rows)
 
 
+def kept_text_features(clip, tokenizer, names, cfg):
+    """text_features, kept in <root>/cache/ for later runs with the same CLIP, weights, names and templates."""
+    weights = [p.sum(dtype=torch.double).item() for p in clip.parameters()]             # tells weights apart, without a slow hash
+    key = repr((cfg.clip, weights, names, [template("") for template in templates()]))
+    path = Path(cfg.root) / f"cache/text-{hashlib.md5(key.encode()).hexdigest()}.pt"
+    with contextlib.suppress(Exception):                # not there, or broken: torch.load has no error class of its own
+        return torch.load(path, map_location=clip.logit_scale.device, weights_only=True)
+    T = text_features(clip, tokenizer, names)
+    with contextlib.suppress(OSError):                  # a root that cannot be written to costs time and nothing else
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path, T)
+    return T
+
+
 def _text(clip):
     """The text tower: a part of its own in some open_clip models, the model itself in others."""
     return getattr(clip, "text", clip)
@@ -728,9 +744,9 @@ class Segmenter:
         self.clip, self.tokenizer = load_clip(cfg, device)
         self.stock = copy.deepcopy(self.clip) if cfg.finetune else self.clip     # for the baseline and the hypothesis
         self.tokens, L = name_tokens(self.clip, self.tokenizer, names)
-        self.T = text_features(self.clip, self.tokenizer, names)
+        self.T = kept_text_features(self.clip, self.tokenizer, names, cfg)
         self.scale = self.clip.logit_scale.exp().item()
-        self.rectifier = None
+        self.rectifier = self.R = None                  # R: kept by `reference` where nothing trains
         if cfg.method != "maskclip":
             self.rectifier = Rectifier(cfg, len(names), self.T.size(1), self.clip.visual.conv1.out_channels,
                                        _text(self.clip).token_embedding.embedding_dim, L).to(device)
@@ -740,8 +756,13 @@ class Segmenter:
         return encode_image(clip or self.clip, normalise(self.clip, images.to(self.device)), self.cfg.features)
 
     def reference(self):
-        """R: C×D, with its norm."""
-        return set_norm(reference_features(self.clip, self.rectifier.V, self.tokens), self.cfg.norm)
+        """R: C×D, with its norm. Where nothing trains it goes through the text encoder once, and not for every batch."""
+        learning = self.rectifier.training or torch.is_grad_enabled()
+        R = None if learning else self.R
+        if R is None:
+            R = set_norm(reference_features(self.clip, self.rectifier.V, self.tokens), self.cfg.norm)
+        self.R = None if learning else R
+        return R
 
     def rectified(self, f, R):
         """Rectified logits B×C×h×w of dense features."""
@@ -763,6 +784,7 @@ class Segmenter:
 
     def restore(self, state):
         """Take the weights of a checkpoint, in place and in eval mode."""
+        self.R = None
         self.rectifier.load_state_dict(state["rectifier"])
         self.rectifier.eval()
         if state["clip"]:
@@ -825,19 +847,50 @@ def augmented(image, recipe):
     return F.pad(image, (0, crop - width, 0, crop - height)), (height, width)
 
 
+def free_memory(device):
+    """Bytes free on a device; of RAM, where the system does not tell (macOS), half of what the machine has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:                                                # with what the system's file cache would give back
+        return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    except (OSError, IndexError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def make_room(shape, dtype, device, out):
+    """An empty tensor where it fits: on the device, else in RAM, else in a file in the folder `out`. It prints where.
+
+    It takes no more than a share of what is free: training needs some too. Raises UserError where there is no room at all.
+    """
+    size = math.prod(shape)
+    need, share = size * dtype.itemsize / 1e9, 0.7
+    for place, name in [(device, "the GPU's memory" if device.type == "cuda" else "RAM"), (torch.device("cpu"), "RAM")]:
+        if need <= share * free_memory(place) / 1e9:
+            print(f"features: {need:.3g} GB in {name}")
+            return torch.empty(shape, dtype=dtype, device=place)
+    missing = need - share * shutil.disk_usage(out).free / 1e9
+    if missing > 0:
+        raise UserError(f"{out}: {need:.3g} GB of features fit neither memory nor this disk, which lacks {missing:.3g} GB; "
+                        "fewer --views need less, or give --out on a larger disk")
+    print(f"features: {need:.3g} GB in a file in {out}")
+    x = torch.from_file(str(out / "features.tmp"), shared=True, size=size, dtype=dtype).view(shape)
+    (out / "features.tmp").unlink()                     # only its name: the space is free when x is, however the run ends
+    return x
+
+
 @torch.no_grad()
 def training_data(segmenter, samples):
     """Everything frozen, computed once: x, valid, y.
 
     x: K×N×D×h×w half, the dense features f of K augmented views of each image; K×N×3×crop×crop uint8, the views themselves,
-    where the encoder is trained too. valid: K×N×h×w bool, patches that are picture. y: N×C bool, the hypothesis.
-    Cost: (K + 1)·N passes of CLIP; K·N·D·h·w·2 bytes.
+    where the encoder is trained too; where `make_room` finds room. valid: K×N×h×w bool, patches that are picture.
+    y: N×C bool, the hypothesis. Cost: (K + 1)·N passes of CLIP; K·N·D·h·w·2 bytes.
     """
     cfg, recipe, device = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.device
     K, N, crop = cfg.views, len(samples), recipe["crop"]
     first = torch.arange(0, crop, segmenter.clip.visual.patch_size[0])                  # first pixel of every patch
     shape = (3, crop, crop) if cfg.finetune else (segmenter.T.size(1), len(first), len(first))
-    x = torch.empty(K, N, *shape, dtype=torch.uint8 if cfg.finetune else torch.half, device=device)
+    x = make_room((K, N, *shape), torch.uint8 if cfg.finetune else torch.half, device, Path(cfg.out))
     valid = torch.empty(K, N, len(first), len(first), dtype=torch.bool, device=device)
     for start in tqdm(range(0, N, 32), "dense features", leave=False):
         images = [load_image(sample.image) for sample in samples[start:start + 32]]
@@ -847,7 +900,7 @@ def training_data(segmenter, samples):
             height, width = torch.tensor(extents).T[..., None]                          # B 1, B 1
             valid[k, rows] = (first < height)[:, :, None] & (first < width)[:, None]
             crops = torch.stack(crops)
-            x[k, rows] = crops.to(device) if cfg.finetune else segmenter.features(crops).half()
+            x[k, rows] = crops if cfg.finetune else segmenter.features(crops).half()
     return x, valid, hypotheses(segmenter, samples).to(device)
 
 
@@ -886,7 +939,7 @@ def train(segmenter, data, out, resume):
         rectifier.train()
         total = torch.zeros((), device=device)
         for i in torch.randperm(N).split(cfg.batch):
-            f = segmenter.features(x[view[i], i]) if cfg.finetune else x[view[i], i].float()
+            f = segmenter.features(x[view[i], i]) if cfg.finetune else x[view[i], i].to(device).float()
             logits = segmenter.rectified(f, segmenter.reference())
             M = gumbel_mask(logits, cfg.alpha)
             loss = contrastive_loss(M, f, segmenter.T, y[i], segmenter.scale, valid[view[i], i], cfg.pool)
@@ -1272,6 +1325,7 @@ def main(argv=None):
         print(f"hypothesis: {data[2].float().sum(1).mean():.2f} classes an image")
         seconds["features"] = round(time.time() - started, 1)
         train(segmenter, data, out, cfg.resume)
+        del data                                        # gives its room back
         save(out / "rectify.pt", segmenter.state())
         (out / "rectify.partial.pt").unlink()
         written += ["rectify.pt", "log.jsonl"]

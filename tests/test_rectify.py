@@ -579,6 +579,84 @@ def test_resume_of_a_complete_run_only_measures(mini, trained, tmp_path):
     assert json.loads((out / "rectify.json").read_text())["results"] == trained["reclip"].json["results"]
 
 
+# ================================================================================================= computed once and kept
+
+@pytest.mark.parametrize("place", ["RAM", "a file"])
+def test_features_lie_where_they_fit_and_nothing_changes(mini, trained, tmp_path, monkeypatch, place):
+    """In RAM or, where that is full, in a file of the run's folder: to the bit the same weights, and no file stays.
+
+    What a kill left of such a file is in nobody's way.
+    """
+    (tmp_path / "features.tmp").write_bytes(b"left by a kill")
+    monkeypatch.setattr(rectify, "free_memory", lambda device: {"RAM": 1e9, "a file": 1e3}[place])
+    printed = run(*own(mini, tmp_path, "--method", "reclip"))
+    assert re.search(rf"^features: [\d.e-]+ GB in {place}", printed, re.M)
+    assert same(weights(tmp_path), weights(trained["reclip"].out))
+    assert place == "RAM" or not (tmp_path / "features.tmp").exists()
+
+
+def test_features_that_fit_nowhere_are_refused(mini, tmp_path, monkeypatch):
+    """One line that says how much is missing and what needs less."""
+    monkeypatch.setattr(rectify, "free_memory", lambda device: 1e3)
+    monkeypatch.setattr(rectify.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e3))
+    with pytest.raises(UserError, match=r"GB of features fit neither .* lacks [\d.e-]+ GB; fewer --views"):
+        run(*own(mini, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_free_memory_is_a_number_of_bytes(monkeypatch):
+    """What the system calls available; half of all RAM where it tells only that, as macOS does."""
+    told = rectify.free_memory(CPU)
+    monkeypatch.setattr(rectify.Path, "read_text", lambda path: open("/nowhere").read())
+    whole = 2 * rectify.free_memory(CPU)
+    assert 2 ** 24 < told < whole < 2 ** 50
+
+
+def test_text_features_are_computed_once(tmp_path, monkeypatch):
+    """The second Segmenter reads T from <root>/cache; other names or weights do not, and a broken file is made again."""
+    asked, compute = [], rectify.text_features
+    monkeypatch.setattr(rectify, "text_features", lambda *args: asked.append(args) or compute(*args))
+    build = lambda *names: rectify.Segmenter(complete(Config(root=str(tmp_path), method="maskclip")), list(names), CPU)
+    first, second = build("cat", "dog"), build("cat", "dog")
+    assert len(asked) == 1 and torch.equal(first.T, second.T)
+    build("dog", "cat")
+    assert len(asked) == 2
+    kept = sorted((tmp_path / "cache").iterdir())
+    assert len(kept) == 2 and all(path.suffix == ".pt" for path in kept)
+    for path in kept:
+        os.truncate(path, 100)
+    assert torch.equal(build("cat", "dog").T, first.T) and len(asked) == 3
+    build("cat", "dog")
+    with torch.no_grad():
+        first.clip.ln_final.weight[0] += 1
+    rectify.kept_text_features(first.clip, first.tokenizer, ["cat", "dog"], first.cfg)
+    assert len(asked) == 4
+
+
+def test_a_root_that_cannot_be_written_to_is_no_obstacle(tiny, tmp_path):
+    """T is computed, and nothing is kept."""
+    (tmp_path / "file").write_text("not a folder")
+    T = rectify.kept_text_features(*tiny, ["cat"], complete(Config(root=str(tmp_path / "file"))))
+    assert torch.equal(T, rectify.text_features(*tiny, ["cat"]))
+
+
+def test_the_reference_is_computed_once_an_evaluation(trained, monkeypatch):
+    """Several batches, one pass of the prompt; after restore, or when the prompt is learned, anew."""
+    passes, encode = [], rectify.reference_features
+    monkeypatch.setattr(rectify, "reference_features", lambda *args: passes.append(1) or encode(*args))
+    path = trained["reclip"].out / "rectify.pt"
+    segmenter, state = rectify.Segmenter.load(path), rectify.load_checkpoint(path)
+    first = [rectify.predict(segmenter, noise(1, 3, 40, 50))["reclip"] for _ in range(3)][0]
+    assert len(passes) == 1
+    state["rectifier"]["V"] *= -1
+    segmenter.restore(state)
+    assert not torch.equal(rectify.predict(segmenter, noise(1, 3, 40, 50))["reclip"], first) and len(passes) == 2
+    segmenter.rectifier.train()
+    assert segmenter.reference().requires_grad and segmenter.R is None
+    segmenter.reference()
+    assert len(passes) == 4
+
+
 # ============================================================================================================ the measure
 
 def test_iou_of_a_confusion_matrix_counted_by_hand():
