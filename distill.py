@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import rectify
 from rectify import (HERE, VOID, Segmenter, UserError, command_line, contrastive_loss, dataset_folder, denoise, evaluate, figure4, fit,
-                     hypothesise, list_samples, load_checkpoint, load_image, load_label, newest, option, predict, print_table,
+                     list_samples, load_checkpoint, load_image, load_label, newest, option, predict, print_table,
                      refuse_other_run, run, save, similarity, versions, write_text)
 
 # ================================================================================================== 1 configuration
@@ -40,16 +40,16 @@ from rectify import (HERE, VOID, Segmenter, UserError, command_line, contrastive
 # read mostly padding. width: of the backbone, as a share of its own. weights: what it starts from, timm's "imagenet" or a file
 # (Emoji VOC ships one, trained on 1,249 emoji that it does not show). head: learning rate of ASPP, times lr. targets: the
 # teacher sees each training crop (paper), or each whole picture and its mirror image once, from which crops are then cut:
-# two passes of CLIP in all, averaged; blind to how the crop looks. least: prompt denoising of the teacher. doubt: `ask_once`.
-PAPER = dict(backbone="resnet50c", width=1.0, weights="imagenet", rates=(6, 12, 18, 24), lr=0.01, head=10,
-             targets="crop", least=0.5, doubt=0)
+# two passes of CLIP in all, averaged; blind to how the crop looks. least: prompt denoising of the teacher.
+PAPER = dict(backbone="resnet50c", width=1.0, weights="imagenet", rates=(6, 12, 18, 24), targets="crop", least=0.5,
+             optimizer="sgd", weight_decay=5e-4, lr=0.01, head=10, floor=1e-4)
 RECIPES = {
-    "emoji": dict(backbone="resnet18", width=0.5, weights="tests/emoji/resnet18.safetensors", rates=(1, 2, 4, 6), lr=0.01, head=10,
-                  targets="once", least=0, doubt=0.5, epochs=16, batch=16, size=(2048, 96), crop=64, jitter=(0.7, 1.4)),
+    "emoji": dict(backbone="resnet18", width=0.5, weights="tests/emoji/resnet18.safetensors", rates=(1, 2, 4, 6), targets="once",
+                  least=0, optimizer="adam", weight_decay=0.01, lr=3e-4, head=6, floor=0,
+                  epochs=14, batch=16, size=(2048, 96), crop=64, jitter=(0.7, 1.4)),
     "voc": dict(PAPER, epochs=100), "context": dict(PAPER, epochs=50), "ade": dict(PAPER, epochs=20),
 }
 SHARPNESS = 10                                          # denoising the teacher: softmax(10 · logits), as the authors distil
-FLOOR, POWER = 1e-4, 0.9                                # poly schedule: no learning rate falls below the floor
 LONGEST = 10.0                                          # gradients are clipped to this norm: norm(u) is steep where u is short
 TTA_SCALES = (0.75, 1.0, 1.25)
 
@@ -187,8 +187,8 @@ class Teacher:
     """A frozen teacher, in eval mode and with CLIP's own normalisation; `known` is what `ask_once` heard, if it was called."""
 
     @torch.no_grad()
-    def __init__(self, segmenter, method, least, doubt):
-        self.segmenter, self.method, self.least, self.doubt, self.known = segmenter, method, least, doubt, None
+    def __init__(self, segmenter, method, least):
+        self.segmenter, self.method, self.least, self.known = segmenter, method, least, None
         self.R = None if method == "maskclip" else segmenter.reference()
 
     @torch.no_grad()
@@ -205,20 +205,15 @@ class Teacher:
         return logits.clamp(min=-1e4), f                # -inf times an interpolation's 0 would be NaN
 
     def ask_once(self, pictures):
-        """Keep (logits C×h×w, f D×h×w), half precision, of every whole picture: the mean over the picture and its mirror image.
+        """Keep (logits C×h×w, f D×h×w), half precision, of every whole picture; the mean over the picture and its mirror image.
 
-        Ours, for better pseudo-labels: the logits are also smoothed over 3×3 patches, and a class that the picture's hypothesis
-        does not name loses `doubt` standard deviations of the logits, which leaves it a chance where the hypothesis is wrong.
-        Cost: 3·N passes of CLIP; N·(C + D)·h·w·2 bytes.
+        Cost: 2·N passes of CLIP; N·(C + D)·h·w·2 bytes.
         """
-        recipe, self.known = rectify.recipe_of(self.segmenter.cfg), []
+        self.known = []
         for _, image, *_ in tqdm(pictures, "teacher", unit="img", leave=False):
-            image = fit(image, recipe["size"])          # as large as it learnt to see
-            logits, f = (m[:1] / 2 + m[1:].flip(-1) / 2 for m in self(torch.stack([image, image.flip(-1)])))
-            unnamed = ~hypothesise(self.segmenter, image[None])[0, :, None, None]       # C 1 1
-            logits = logits - self.doubt * logits.std() * unnamed
-            logits = F.avg_pool2d(logits, 3, 1, 1, count_include_pad=False)             # 1 C h w
-            self.known.append((logits[0].half(), f[0].half()))
+            image = fit(image, rectify.recipe_of(self.segmenter.cfg)["size"])           # as large as it learnt to see
+            maps = self(torch.stack([image, image.flip(-1)]))
+            self.known.append([((m[0] + m[1].flip(-1)) / 2).half() for m in maps])
 
 
 def lesson(teacher, batch, recipe, device):
@@ -356,10 +351,10 @@ def on_grid(label, size):
 
 # ======================================================================================================= 6 training
 
-def poly(step, steps, lr):
-    """The learning rate at a step: FLOOR + (lr − FLOOR) · (1 − step/steps)^POWER; a rate below the floor stays as it is."""
-    floor = min(FLOOR, lr)
-    return floor + (lr - floor) * (1 - step / steps) ** POWER
+def poly(step, steps, lr, floor):
+    """The learning rate at a step: floor + (lr − floor) · (1 − step/steps)^0.9; a rate below the floor stays as it is."""
+    floor = min(floor, lr)
+    return floor + (lr - floor) * (1 - step / steps) ** 0.9
 
 
 def train(student, teacher, pictures, cfg, names, recipe, out):
@@ -371,8 +366,9 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
     student = student.to(memory_format=torch.channels_last) if device.type == "cuda" else student
     torch.backends.cudnn.benchmark = True               # all crops have one size
     base = [cfg.lr, cfg.lr * recipe["head"]]
-    optimizer = torch.optim.SGD([{"params": list(student.backbone.parameters())}, {"params": list(student.aspp.parameters())}],
-                                cfg.lr, momentum=0.9, weight_decay=5e-4)
+    groups = [{"params": list(student.backbone.parameters())}, {"params": list(student.aspp.parameters())}]
+    optimizer = (torch.optim.SGD(groups, cfg.lr, momentum=0.9, weight_decay=recipe["weight_decay"])
+                 if recipe["optimizer"] == "sgd" else torch.optim.AdamW(groups, cfg.lr, weight_decay=recipe["weight_decay"]))
     weights = {"mask": cfg.mask_weight, "feature": cfg.feature_weight, "text": cfg.text_weight}
     partial, begin, log = out / "distill.partial.pt", 0, []
     before = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").is_file() else []
@@ -399,7 +395,7 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
         student.train()
         for k, batch in enumerate(loader):
             for group, lr in zip(optimizer.param_groups, base):
-                group["lr"] = poly(epoch * per_epoch + k, cfg.epochs * per_epoch, lr)
+                group["lr"] = poly(epoch * per_epoch + k, cfg.epochs * per_epoch, lr, recipe["floor"])
             x, label, f = lesson(teacher, batch, recipe, device)
             x = prepare(x)
             logits, u = student(x.contiguous(memory_format=torch.channels_last) if device.type == "cuda" else x)
@@ -489,7 +485,7 @@ def main(argv=None):
                 raise UserError("--ignore-gt-background: the training pictures have no ground truth")
             print("warning: --ignore-gt-background learns only where GROUND TRUTH is foreground. That is the published protocol, "
                   "and it is not unsupervised")
-        teacher = None if masks else Teacher(segmenter, cfg.teacher, recipe["least"], recipe["doubt"])
+        teacher = None if masks else Teacher(segmenter, cfg.teacher, recipe["least"])
         R = teacher.R if cfg.teacher == "reclip" else None
         student = DeepLabV2(cfg.backbone, segmenter.T, R, segmenter.scale, recipe["rates"], cfg.width, recipe["weights"])
         student = student.to(device)

@@ -50,5 +50,5 @@ def taught(mini, tmp_path_factory):
     """A folder with the rectify.pt of two epochs on `mini`, and the student of eight epochs beside it."""
     out = tmp_path_factory.mktemp("taught")
     rectify.main(["--data", str(mini), "--names", str(mini / "names.txt"), "--out", str(out), "--epochs", "2", "--views", "1"])
-    distill.main(["--out", str(out), "--epochs", "8", "--lr", "0.01"])
+    distill.main(["--out", str(out), "--epochs", "8"])
     return out
