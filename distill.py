@@ -40,16 +40,18 @@ from rectify import (HERE, VOID, Segmenter, UserError, command_line, contrastive
 # read mostly padding. width: of the backbone, as a share of its own. weights: what it starts from, timm's "imagenet" or a file
 # (Emoji VOC ships one, trained on 1,249 emoji that it does not show). head: learning rate of ASPP, times lr. targets: the
 # teacher sees each training crop (paper), or each whole picture and its mirror image once, from which crops are then cut:
-# two passes of CLIP in all, averaged; blind to how the crop looks. least: prompt denoising of the teacher.
-PAPER = dict(backbone="resnet50c", width=1.0, weights="imagenet", rates=(6, 12, 18, 24), targets="crop", least=0.5,
-             optimizer="sgd", weight_decay=5e-4, lr=0.01, head=10, floor=1e-4)
+# two passes of CLIP in all, averaged; blind to how the crop looks. least: prompt denoising of the teacher. stretch: how far the
+# shape of a picture may change in training, since export.py shows the student every picture as a square.
+PAPER = dict(backbone="resnet50c", width=1.0, weights="imagenet", rates=(6, 12, 18, 24), targets="crop", least=0.5, stretch=1,
+             lr=0.01, head=10)
 RECIPES = {
     "emoji": dict(backbone="resnet18", width=0.5, weights="tests/emoji/resnet18.safetensors", rates=(1, 2, 4, 6), targets="once",
-                  least=0, optimizer="adam", weight_decay=0.01, lr=3e-4, head=6, floor=0,
+                  least=0, stretch=1.4, lr=0.01, head=10,
                   epochs=14, batch=16, size=(2048, 96), crop=64, jitter=(0.7, 1.4)),
     "voc": dict(PAPER, epochs=100), "context": dict(PAPER, epochs=50), "ade": dict(PAPER, epochs=20),
 }
 SHARPNESS = 10                                          # denoising the teacher: softmax(10 · logits), as the authors distil
+FLOOR = 1e-4                                            # no learning rate falls below it
 LONGEST = 10.0                                          # gradients are clipped to this norm: norm(u) is steep where u is short
 TTA_SCALES = (0.75, 1.0, 1.25)
 
@@ -162,11 +164,12 @@ def check_masks(folder, samples, classes):
 def random_window(size, recipe):
     """θ: 2×3, the random window that a square crop of S px shows of a picture of (height, width) px, half of them mirrored.
 
-    In affine_grid's units: [-1, 1] is the picture. The picture is first scaled by U(jitter); a crop that is larger than the
-    picture holds all of it somewhere.
+    In affine_grid's units: [-1, 1] is the picture. The picture is first scaled by U(jitter) and made up to `stretch` times as
+    wide or as high as it was; a crop that is larger than the picture holds all of it somewhere.
     """
-    (low, high), (scale, x, y, mirror) = recipe["jitter"], torch.rand(4).tolist()
-    b, a = (recipe["crop"] / (n * (low + (high - low) * scale)) for n in size)          # the crop's share of the picture
+    (low, high), (scale, aspect, x, y, mirror) = recipe["jitter"], torch.rand(5).tolist()
+    scale, aspect = low + (high - low) * scale, recipe["stretch"] ** (2 * aspect - 1)
+    b, a = (recipe["crop"] / (n * scale * side) for n, side in zip(size, (aspect ** -0.5, aspect ** 0.5)))  # the crop's share
     sign = 1 if mirror < 0.5 else -1
     return torch.tensor([[sign * a, 0, (1 - a) * (2 * x - 1)], [0, b, (1 - b) * (2 * y - 1)]])
 
@@ -351,9 +354,9 @@ def on_grid(label, size):
 
 # ======================================================================================================= 6 training
 
-def poly(step, steps, lr, floor):
-    """The learning rate at a step: floor + (lr − floor) · (1 − step/steps)^0.9; a rate below the floor stays as it is."""
-    floor = min(floor, lr)
+def poly(step, steps, lr):
+    """The learning rate at a step: FLOOR + (lr − FLOOR) · (1 − step/steps)^0.9; a rate below the floor stays as it is."""
+    floor = min(FLOOR, lr)
     return floor + (lr - floor) * (1 - step / steps) ** 0.9
 
 
@@ -367,8 +370,7 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
     torch.backends.cudnn.benchmark = True               # all crops have one size
     base = [cfg.lr, cfg.lr * recipe["head"]]
     groups = [{"params": list(student.backbone.parameters())}, {"params": list(student.aspp.parameters())}]
-    optimizer = (torch.optim.SGD(groups, cfg.lr, momentum=0.9, weight_decay=recipe["weight_decay"])
-                 if recipe["optimizer"] == "sgd" else torch.optim.AdamW(groups, cfg.lr, weight_decay=recipe["weight_decay"]))
+    optimizer = torch.optim.SGD(groups, cfg.lr, momentum=0.9, weight_decay=5e-4)
     weights = {"mask": cfg.mask_weight, "feature": cfg.feature_weight, "text": cfg.text_weight}
     partial, begin, log = out / "distill.partial.pt", 0, []
     before = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").is_file() else []
@@ -395,7 +397,7 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
         student.train()
         for k, batch in enumerate(loader):
             for group, lr in zip(optimizer.param_groups, base):
-                group["lr"] = poly(epoch * per_epoch + k, cfg.epochs * per_epoch, lr, recipe["floor"])
+                group["lr"] = poly(epoch * per_epoch + k, cfg.epochs * per_epoch, lr)
             x, label, f = lesson(teacher, batch, recipe, device)
             x = prepare(x)
             logits, u = student(x.contiguous(memory_format=torch.channels_last) if device.type == "cuda" else x)

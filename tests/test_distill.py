@@ -165,7 +165,7 @@ def test_the_published_protocol_says_that_it_looks(taught, tmp_path, capsys):
 
 def test_the_lesson_is_void_outside_the_picture_and_where_truth_says_so(taught):
     """Crops larger than the picture: void outside; with ground truth given, void on its background too."""
-    recipe = {"crop": 32, "jitter": (1, 1)}
+    recipe = {"crop": 32, "jitter": (1, 1), "stretch": 1}
     picture, mask = torch.full((3, 16, 32), 128, dtype=torch.uint8), torch.ones(16, 32, dtype=torch.uint8)
     truth = torch.full((16, 32), VOID, dtype=torch.uint8)
     x, label, f = distill.lesson(None, [(0, picture, mask, None)], recipe, "cpu")
@@ -232,8 +232,8 @@ def test_flips_and_scales_average_to_a_mask(taught):
 
 
 def test_the_schedule_falls_to_its_floor():
-    assert distill.poly(0, 10, 0.1, 1e-4) == 0.1 and distill.poly(10, 10, 0.1, 1e-4) == 1e-4
-    assert distill.poly(5, 10, 1e-5, 1e-4) == 1e-5, "a rate below the floor stays"
+    assert distill.poly(0, 10, 0.1) == 0.1 and distill.poly(10, 10, 0.1) == distill.FLOOR
+    assert distill.poly(5, 10, 1e-5) == 1e-5, "a rate below the floor stays"
 
 
 def test_weights_that_do_not_fit_are_not_forced(capsys):

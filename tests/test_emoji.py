@@ -59,3 +59,11 @@ def test_captions_are_drawn_the_same_from_the_same_seed():
 def test_the_clip_folder_is_open_clips_own_format():
     config = json.loads((HERE / "clip/open_clip_config.json").read_text())
     assert config["model_cfg"]["vision_cfg"]["patch_size"] == 12 and (HERE / "clip/open_clip_model.safetensors").is_file()
+
+
+def test_the_backbone_has_met_none_of_emoji_vocs_pictures():
+    import make
+    if not rectify.Path(make.FONT).is_file():
+        pytest.skip("fonts-noto-color-emoji is not installed")
+    others, ours = {image.tobytes() for image in make.other_glyphs()}, make.glyphs()
+    assert len(others) > 1200 and not others & {image.tobytes() for images in ours.values() for image in images}
