@@ -352,6 +352,18 @@ def on_grid(label, size):
     return F.interpolate(label[:, None].float(), size, mode="nearest-exact")[:, 0].long()
 
 
+def losses(student, x, label, f):
+    """The losses of a step's crops, {"mask", "text", "feature"}; the last only where there is a teacher's feature.
+
+    x: B×3×S×S in [0, 1]; label: B×S×S; f: B×D×s×s or None, as `lesson` gives them.
+    """
+    x = prepare(x)
+    logits, u = student(x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x)
+    coarse = on_grid(label, u.shape[-2:])                                               # B s s
+    found = {"mask": mask_guided(logits, label), "text": text_guided(u, student.T, coarse, student.scale)}
+    return found if f is None else found | {"feature": feature_guided(u, f, coarse)}
+
+
 # ======================================================================================================= 6 training
 
 def poly(step, steps, lr):
@@ -391,32 +403,27 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
     bar = tqdm(total=cfg.epochs * per_epoch, initial=begin * per_epoch, desc="student", unit="step")
     for epoch in range(begin, cfg.epochs):
         torch.manual_seed(100_003 * cfg.seed + epoch)   # an epoch's randomness is its own, so that a resumed run repeats it
-        started, total = time.time(), {name: torch.zeros((), device=device) for name in weights}
+        started, total = time.time(), {}                # of each loss, the mean of the epoch
         loader = DataLoader(pictures, batch_sampler=[i.tolist() for i in torch.randperm(N).split(cfg.batch)], collate_fn=list,
                             num_workers=min(8, os.cpu_count()) if device.type == "cuda" else 0)
         student.train()
         for k, batch in enumerate(loader):
             for group, lr in zip(optimizer.param_groups, base):
                 group["lr"] = poly(epoch * per_epoch + k, cfg.epochs * per_epoch, lr)
-            x, label, f = lesson(teacher, batch, recipe, device)
-            x = prepare(x)
-            logits, u = student(x.contiguous(memory_format=torch.channels_last) if device.type == "cuda" else x)
-            coarse = on_grid(label, u.shape[-2:])
-            losses = {"mask": mask_guided(logits, label), "text": text_guided(u, student.T, coarse, student.scale)}
-            if f is not None:
-                losses["feature"] = feature_guided(u, f, coarse)
+            found = losses(student, *lesson(teacher, batch, recipe, device))
             optimizer.zero_grad()
-            sum(weights[name] * loss for name, loss in losses.items()).backward()
+            sum(weights[name] * loss for name, loss in found.items()).backward()
             nn.utils.clip_grad_norm_(student.parameters(), LONGEST)
             optimizer.step()
-            for name, loss in losses.items():
-                total[name] += loss.detach() * len(batch) / N
+            for name, loss in found.items():
+                total[name] = total.get(name, 0) + loss.detach() * len(batch) / N
             bar.update()
         line = {"epoch": epoch + 1, "loss": sum(weights[name] * total[name].item() for name in total),
                 **{name: total[name].item() for name in total}, "lr": optimizer.param_groups[0]["lr"]}
         if not math.isfinite(line["loss"]):
             raise UserError(f"the loss is {line['loss']} in epoch {epoch + 1}; lower --lr (log: {out / 'log.jsonl'})")
-        log.append({"stage": "distill"} | {k: round(v, 6) for k, v in line.items()} | {"images_per_second": round(N / (time.time() - started), 1)})
+        speed = {"images_per_second": round(N / (time.time() - started), 1)}
+        log.append({"stage": "distill"} | {k: round(v, 6) for k, v in line.items()} | speed)
         bar.set_postfix(epoch=epoch + 1, loss=f"{line['loss']:.3f}")
         write_text(out / "log.jsonl", "\n".join(rectifying + [json.dumps(entry) for entry in log]))
         save(partial, {"config": asdict(cfg), "names": names, "student": student.state_dict(), "epoch": epoch + 1,

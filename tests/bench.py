@@ -103,12 +103,8 @@ def authors_steps(segmenter, optimizer, crops, y):
 
 def student_step(student, teacher, optimizer, batch, recipe, cfg):
     """A step of distill.train, where the teacher sees each crop."""
-    x, label, f = distill.lesson(teacher, batch, recipe, student.T.device)
-    x = distill.prepare(x)
-    logits, u = student(x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x)
-    coarse = distill.on_grid(label, u.shape[-2:])
-    loss = (cfg.mask_weight * distill.mask_guided(logits, label) + cfg.feature_weight * distill.feature_guided(u, f, coarse)
-            + cfg.text_weight * distill.text_guided(u, student.T, coarse, student.scale))
+    found = distill.losses(student, *distill.lesson(teacher, batch, recipe, student.T.device))
+    loss = cfg.mask_weight * found["mask"] + cfg.feature_weight * found["feature"] + cfg.text_weight * found["text"]
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(student.parameters(), distill.LONGEST)

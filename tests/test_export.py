@@ -191,3 +191,8 @@ def test_timing_is_interleaved_and_the_first_call_stands_apart():
     order = []
     times = export.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0, least=3)
     assert order[:4] == ["a", "a", "b", "b"] and order[4:] == ["a", "b"] * 3 and set(times) == {"a", "b"}
+
+
+def test_what_cannot_run_is_left_out_of_the_timing(capsys):
+    times = export.interleaved({"broken": lambda: 1 / 0, "whole": lambda: 0}, seconds=0, least=1)
+    assert set(times) == {"whole"} and "left out: broken (division by zero)" in capsys.readouterr().out
