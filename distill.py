@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import rectify
 from rectify import (HERE, VOID, Segmenter, UserError, command_line, contrastive_loss, dataset_folder, denoise, evaluate, figure4, fit,
-                     list_samples, load_checkpoint, load_image, load_label, newest, option, predict, print_table,
+                     hypothesise, list_samples, load_checkpoint, load_image, load_label, newest, option, predict, print_table,
                      refuse_other_run, run, save, similarity, versions, write_text)
 
 # ================================================================================================== 1 configuration
@@ -40,18 +40,18 @@ from rectify import (HERE, VOID, Segmenter, UserError, command_line, contrastive
 # read mostly padding. width: of the backbone, as a share of its own. weights: what it starts from, timm's "imagenet" or a file
 # (Emoji VOC ships one, trained on 1,249 emoji that it does not show). head: learning rate of ASPP, times lr. targets: the
 # teacher sees each training crop (paper), or each whole picture and its mirror image once, from which crops are then cut:
-# two passes of CLIP in all, averaged; blind to how the crop looks. least: prompt denoising of the teacher. stretch: how far the
-# shape of a picture may change in training, since export.py shows the student every picture as a square.
+# two passes of CLIP in all, averaged; blind to how the crop looks. least: prompt denoising of the teacher. doubt: `ask_once`.
+# stretch: how far the shape of a picture may change in training, since export.py shows the student every picture as a square.
+# floor: no learning rate falls below it.
 PAPER = dict(backbone="resnet50c", width=1.0, weights="imagenet", rates=(6, 12, 18, 24), targets="crop", least=0.5, stretch=1,
-             lr=0.01, head=10)
+             doubt=0, optimizer="sgd", weight_decay=5e-4, lr=0.01, head=10, floor=1e-4)
 RECIPES = {
     "emoji": dict(backbone="resnet18", width=0.5, weights="tests/emoji/resnet18.safetensors", rates=(1, 2, 4, 6), targets="once",
-                  least=0, stretch=1.4, lr=0.01, head=10,
+                  least=0, stretch=1.2, doubt=0.5, optimizer="adam", weight_decay=0.01, lr=3e-4, head=6, floor=0,
                   epochs=14, batch=16, size=(2048, 96), crop=64, jitter=(0.7, 1.4)),
     "voc": dict(PAPER, epochs=100), "context": dict(PAPER, epochs=50), "ade": dict(PAPER, epochs=20),
 }
 SHARPNESS = 10                                          # denoising the teacher: softmax(10 · logits), as the authors distil
-FLOOR = 1e-4                                            # no learning rate falls below it
 LONGEST = 10.0                                          # gradients are clipped to this norm: norm(u) is steep where u is short
 TTA_SCALES = (0.75, 1.0, 1.25)
 
@@ -59,10 +59,10 @@ TTA_SCALES = (0.75, 1.0, 1.25)
 @dataclass
 class Config:
     dataset: str = option("", "go on with runs/<dataset> (default: the newest run)", list(RECIPES))
-    out: str = option("", "folder of the rectify.pt to go on with; the student is written there too")
+    out: str = option("", "folder of the rectify.pt to go on with; the student goes there too, of another --teacher to a folder in it")
     teacher: str = option("", "reclip, reclip++, maskclip, or a folder of mask PNGs (default: the checkpoint's method)")
     backbone: str = option("", "a timm backbone: resnet50c, resnet101c, resnet18, .. (default by dataset)")
-    width: float = option(None, "width of a ResNet, as a share of its own; not 1 means from scratch")
+    width: float = option(None, "width of a ResNet, as a share of its own; another than the recipe's starts from scratch")
     mask_weight: float = option(1.0, "weight of the mask-guided loss")
     feature_weight: float = option(0.5, "weight of the feature-guided loss")
     text_weight: float = option(0.5, "weight of the text-guided loss")
@@ -109,13 +109,14 @@ def complete(cfg, segmenter):
             (cfg.teacher in ("reclip", "reclip++") and cfg.teacher != theirs.method,
              f"--teacher {cfg.teacher}: {cfg.out}/rectify.pt is {theirs.method}; make one with "
              f"`python rectify.py --method {cfg.teacher} --out FOLDER` and give --out FOLDER"),
-            (is_folder(cfg.teacher) and not Path(cfg.teacher).is_dir(),
+            (is_folder(cfg.teacher) and not cfg.eval and not Path(cfg.teacher).is_dir(),
              f"--teacher {cfg.teacher}: neither reclip, reclip++ or maskclip nor a folder of masks"),
+            (is_folder(cfg.teacher) and Path(cfg.teacher).resolve().name == "maskclip",
+             f"--teacher {cfg.teacher}: a folder of this name would be taken for MaskCLIP+; rename it"),
             (cfg.epochs < 1 or cfg.batch < 1, "--epochs and --batch start at 1"),
             (cfg.lr <= 0 or cfg.width <= 0, "--lr and --width must be positive"),
             (min(*weights, cfg.feature_weight) < 0 or max(weights) == 0,
-             "the weights of the losses: none below 0, one above (masks have no feature-guided loss)"),
-            (cfg.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here")]:
+             "the weights of the losses: none below 0, one above (masks have no feature-guided loss)")]:
         if bad:
             raise UserError(message)
     return cfg
@@ -143,9 +144,13 @@ class Pictures(Dataset):
         return len(self.samples)
 
     def __getitem__(self, i):
-        image, sample = load_image(self.samples[i].image), self.samples[i]
-        mask = self.folder and load_label(self.folder / f"{sample.name}.png", image.shape[1:], self.classes)
-        truth = load_label(sample.label, image.shape[1:], self.classes) if self.ignore_background else None
+        sample = self.samples[i]
+        try:
+            image = load_image(sample.image)
+            mask = self.folder and load_label(self.folder / f"{sample.name}.png", image.shape[1:], self.classes)
+            truth = load_label(sample.label, image.shape[1:], self.classes) if self.ignore_background else None
+        except UserError as error:                      # a worker's exception would arrive with its traceback as the message
+            return error
         return i, fit(image, self.size), mask, truth
 
 
@@ -164,12 +169,13 @@ def check_masks(folder, samples, classes):
 def random_window(size, recipe):
     """θ: 2×3, the random window that a square crop of S px shows of a picture of (height, width) px, half of them mirrored.
 
-    In affine_grid's units: [-1, 1] is the picture. The picture is first scaled by U(jitter) and made up to `stretch` times as
-    wide or as high as it was; a crop that is larger than the picture holds all of it somewhere.
+    In affine_grid's units: [-1, 1] is the picture. The picture is first scaled by U(jitter) and the ratio of its sides changed
+    by a factor in [1/stretch, stretch]; a crop that is larger than the picture holds all of it somewhere.
     """
-    (low, high), (scale, aspect, x, y, mirror) = recipe["jitter"], torch.rand(5).tolist()
-    scale, aspect = low + (high - low) * scale, recipe["stretch"] ** (2 * aspect - 1)
-    b, a = (recipe["crop"] / (n * scale * side) for n, side in zip(size, (aspect ** -0.5, aspect ** 0.5)))  # the crop's share
+    (low, high), (scale, ratio, x, y, mirror) = recipe["jitter"], torch.rand(5).tolist()
+    scale, ratio = low + (high - low) * scale, recipe["stretch"] ** (2 * ratio - 1)
+    a = recipe["crop"] / (size[1] * scale * ratio ** 0.5)                               # the crop's share of the width
+    b = recipe["crop"] / (size[0] * scale / ratio ** 0.5)                               # and of the height
     sign = 1 if mirror < 0.5 else -1
     return torch.tensor([[sign * a, 0, (1 - a) * (2 * x - 1)], [0, b, (1 - b) * (2 * y - 1)]])
 
@@ -190,8 +196,8 @@ class Teacher:
     """A frozen teacher, in eval mode and with CLIP's own normalisation; `known` is what `ask_once` heard, if it was called."""
 
     @torch.no_grad()
-    def __init__(self, segmenter, method, least):
-        self.segmenter, self.method, self.least, self.known = segmenter, method, least, None
+    def __init__(self, segmenter, method, least, doubt):
+        self.segmenter, self.method, self.least, self.doubt, self.known = segmenter, method, least, doubt, None
         self.R = None if method == "maskclip" else segmenter.reference()
 
     @torch.no_grad()
@@ -207,16 +213,22 @@ class Teacher:
         logits = denoise(segmenter.rectified(f, self.R), SHARPNESS, self.least)
         return logits.clamp(min=-1e4), f                # -inf times an interpolation's 0 would be NaN
 
-    def ask_once(self, pictures):
-        """Keep (logits C×h×w, f D×h×w), half precision, of every whole picture; the mean over the picture and its mirror image.
+    def ask_once(self, samples):
+        """Keep (logits C×h×w, f D×h×w), half precision, of every whole picture: the mean over the picture and its mirror image.
 
-        Cost: 2·N passes of CLIP; N·(C + D)·h·w·2 bytes.
+        The picture has the size of rectify.py's recipe, not the student's. Ours, for better pseudo-labels: the logits are also
+        smoothed over 3×3 patches, and a class that the picture's hypothesis does not name loses `doubt` standard deviations of
+        the logits, which leaves it a chance where the hypothesis is wrong.
+        Cost: 3·N passes of CLIP; N·(C + D)·h·w·2 bytes.
         """
-        self.known = []
-        for _, image, *_ in tqdm(pictures, "teacher", unit="img", leave=False):
-            image = fit(image, rectify.recipe_of(self.segmenter.cfg)["size"])           # as large as it learnt to see
-            maps = self(torch.stack([image, image.flip(-1)]))
-            self.known.append([((m[0] + m[1].flip(-1)) / 2).half() for m in maps])
+        size, self.known = rectify.recipe_of(self.segmenter.cfg)["size"], []
+        for sample in tqdm(samples, "teacher", unit="img", leave=False):
+            image = fit(load_image(sample.image), size)
+            logits, f = (m[:1] / 2 + m[1:].flip(-1) / 2 for m in self(torch.stack([image, image.flip(-1)])))
+            unnamed = ~hypothesise(self.segmenter, image[None])[0, :, None, None]       # C 1 1
+            logits = logits - self.doubt * logits.std() * unnamed
+            logits = F.avg_pool2d(logits, 3, 1, 1, count_include_pad=False)             # 1 C h w
+            self.known.append((logits[0].half(), f[0].half()))
 
 
 def lesson(teacher, batch, recipe, device):
@@ -313,8 +325,11 @@ def load_student(path, device="cpu"):
     """(DeepLabV2 in eval mode, the dict of student.pt). No CLIP is loaded. Raises UserError."""
     state = load_checkpoint(Path(path), "student")
     config, weights = state["config"], state["student"]
-    student = DeepLabV2(config["backbone"], weights["T"], rates=state["rates"], width=config["width"])
-    student.load_state_dict(weights)
+    try:
+        student = DeepLabV2(config["backbone"], weights["T"], rates=state["rates"], width=config["width"])
+        student.load_state_dict(weights)
+    except (KeyError, RuntimeError):
+        raise UserError(f"{path}: not a finished student; make it with `python distill.py`")
     return student.eval().to(device), state
 
 
@@ -344,7 +359,8 @@ def text_guided(u, T, label, scale):
     (authors' code: its logarithm).
     """
     M = (label[:, None] == torch.arange(len(T), device=label.device).view(-1, 1, 1)).float()    # B C s s
-    return contrastive_loss(M, F.normalize(u, dim=1), T, M.amax((2, 3)).bool(), scale, label != VOID, "mask")
+    y = M.amax((2, 3)).bool()                                                                   # B C
+    return contrastive_loss(M, F.normalize(u, dim=1), T, y, scale, valid=label != VOID, pool="mask")
 
 
 def on_grid(label, size):
@@ -366,9 +382,9 @@ def losses(student, x, label, f):
 
 # ======================================================================================================= 6 training
 
-def poly(step, steps, lr):
-    """The learning rate at a step: FLOOR + (lr − FLOOR) · (1 − step/steps)^0.9; a rate below the floor stays as it is."""
-    floor = min(FLOOR, lr)
+def poly(step, steps, lr, floor):
+    """The learning rate at a step: floor + (lr − floor) · (1 − step/steps)^0.9; a rate below the floor stays as it is."""
+    floor = min(floor, lr)
     return floor + (lr - floor) * (1 - step / steps) ** 0.9
 
 
@@ -382,7 +398,8 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
     torch.backends.cudnn.benchmark = True               # all crops have one size
     base = [cfg.lr, cfg.lr * recipe["head"]]
     groups = [{"params": list(student.backbone.parameters())}, {"params": list(student.aspp.parameters())}]
-    optimizer = torch.optim.SGD(groups, cfg.lr, momentum=0.9, weight_decay=5e-4)
+    optimizer = (torch.optim.SGD(groups, cfg.lr, momentum=0.9, weight_decay=recipe["weight_decay"])
+                 if recipe["optimizer"] == "sgd" else torch.optim.AdamW(groups, cfg.lr, weight_decay=recipe["weight_decay"]))
     weights = {"mask": cfg.mask_weight, "feature": cfg.feature_weight, "text": cfg.text_weight}
     partial, begin, log = out / "distill.partial.pt", 0, []
     before = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").is_file() else []
@@ -397,7 +414,7 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
     else:
         partial.unlink(missing_ok=True)
     if teacher and cfg.targets == "once":
-        teacher.ask_once(pictures)
+        teacher.ask_once(pictures.samples)
 
     per_epoch = -(-N // cfg.batch)
     bar = tqdm(total=cfg.epochs * per_epoch, initial=begin * per_epoch, desc="student", unit="step")
@@ -409,7 +426,9 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
         student.train()
         for k, batch in enumerate(loader):
             for group, lr in zip(optimizer.param_groups, base):
-                group["lr"] = poly(epoch * per_epoch + k, cfg.epochs * per_epoch, lr)
+                group["lr"] = poly(epoch * per_epoch + k, cfg.epochs * per_epoch, lr, recipe["floor"])
+            for broken in (item for item in batch if isinstance(item, UserError)):
+                raise broken
             found = losses(student, *lesson(teacher, batch, recipe, device))
             optimizer.zero_grad()
             sum(weights[name] * loss for name, loss in found.items()).backward()
@@ -430,6 +449,7 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
                        "log": log, "optimizer": optimizer.state_dict()})
     bar.close()
     student.eval()
+    torch.backends.cudnn.benchmark = False              # from here on sizes change
 
 
 # ======================================================================================================= 7 evaluation
@@ -454,7 +474,12 @@ def measure(student, segmenter, cfg, val):
     size, students = recipe_of(segmenter)["size"], {}
     plus = Path(cfg.out) / "maskclip/student.pt"
     if cfg.teacher != "maskclip" and plus.is_file():
-        students["maskclip+"], _ = load_student(plus, segmenter.device)
+        other, state = load_student(plus, segmenter.device)
+        schedule = ("epochs", "batch", "lr", "backbone", "width")
+        if state["names"] == segmenter.names and all(state["config"][k] == getattr(cfg, k) for k in schedule):
+            students["maskclip+"] = other
+        else:
+            print(f"{plus}: has other classes or another schedule than this student, and is left out")
     students["student"] = student
     masks = lambda images: predict(segmenter, images) | {name: predict_student(net, images, size, cfg.tta)
                                                          for name, net in students.items()}
@@ -467,8 +492,10 @@ def main(argv=None):
     started, seconds = time.time(), {}
     cfg = command_line(Config, __doc__, argv)
     if cfg.eval:
-        state = load_checkpoint(Path(cfg.eval), "student")
-        cfg = replace(Config(**state["config"]), eval=cfg.eval, tta=cfg.tta, device=cfg.device)
+        home = Path(cfg.eval).parent
+        home = home if (home / "rectify.pt").is_file() else home.parent                 # MaskCLIP+ lies in a folder of its own
+        config = load_checkpoint(Path(cfg.eval), "student")["config"]
+        cfg = replace(Config(**config), eval=cfg.eval, tta=cfg.tta, device=cfg.device, resume=False, out=cfg.out or str(home))
     checkpoint = find_checkpoint(cfg)
     print(f"distilling {checkpoint}")
     segmenter = Segmenter.load(checkpoint, device=cfg.device, out=str(checkpoint.parent))
@@ -476,15 +503,15 @@ def main(argv=None):
     folder = dataset_folder(segmenter.cfg)
     samples, val = list_samples(folder, "train"), [s for s in list_samples(folder, "val") if s.label]
     masks = Path(cfg.teacher) if is_folder(cfg.teacher) else None
-    out = Path(cfg.out) / (Path(cfg.teacher).name if cfg.teacher != segmenter.cfg.method else "")
-    out.mkdir(parents=True, exist_ok=True)
+    out = Path(cfg.out) / (Path(cfg.teacher).resolve().name if cfg.teacher != segmenter.cfg.method else "")
     torch.manual_seed(cfg.seed)
-    finished = out / "student.pt" if cfg.resume and not (out / "distill.partial.pt").is_file() else Path(cfg.eval)
-    there = finished.is_file()
-    if there:
+    resumed = cfg.resume and (out / "student.pt").is_file() and not (out / "distill.partial.pt").is_file()
+    finished = Path(cfg.eval) if cfg.eval else out / "student.pt" if resumed else None
+    if finished:
         student, state = load_student(finished, device)
         refuse_other_run(state, cfg, names, finished)
         print(f"that student is there: measuring {finished}")
+        out.mkdir(parents=True, exist_ok=True)
     else:
         if masks:
             check_masks(masks, samples, len(names))
@@ -494,7 +521,8 @@ def main(argv=None):
                 raise UserError("--ignore-gt-background: the training pictures have no ground truth")
             print("warning: --ignore-gt-background learns only where GROUND TRUTH is foreground. That is the published protocol, "
                   "and it is not unsupervised")
-        teacher = None if masks else Teacher(segmenter, cfg.teacher, recipe["least"])
+        out.mkdir(parents=True, exist_ok=True)
+        teacher = None if masks else Teacher(segmenter, cfg.teacher, recipe["least"], recipe["doubt"])
         R = teacher.R if cfg.teacher == "reclip" else None
         student = DeepLabV2(cfg.backbone, segmenter.T, R, segmenter.scale, recipe["rates"], cfg.width, recipe["weights"])
         student = student.to(device)
@@ -503,8 +531,8 @@ def main(argv=None):
               f"{len(samples)} images to learn from, {len(val)} labelled ones to measure on, {len(names)} classes, {device}")
         pictures = Pictures(samples, recipe["size"], masks, len(names), cfg.ignore_gt_background)
         train(student, teacher, pictures, cfg, names, recipe, out)
-        state = {"config": asdict(cfg), "names": names, "student": student.state_dict(), "mean": list(IMAGENET_DEFAULT_MEAN),
-                 "std": list(IMAGENET_DEFAULT_STD), "size": recipe["size"], "rates": recipe["rates"], "mIoU": None, "rectify": asdict(segmenter.cfg)}
+        state = {"config": asdict(cfg), "names": names, "student": student.state_dict(), "size": recipe["size"],
+                 "rates": recipe["rates"], "mIoU": None, "rectify": asdict(segmenter.cfg)}
         save(out / "student.pt", state)
         (out / "distill.partial.pt").unlink()
     seconds["training"] = round(time.time() - started, 1)
@@ -514,14 +542,14 @@ def main(argv=None):
         return
     results, predictions = measure(student, segmenter, cfg, val)
     seconds["evaluation"] = round(time.time() - started - seconds["training"], 1)
-    if state["mIoU"] is None:
-        save(out / "student.pt", {**state, "mIoU": results["student"]["mIoU"]})
+    if state["mIoU"] is None and not cfg.tta:
+        save(finished or out / "student.pt", {**state, "mIoU": results["student"]["mIoU"]})
     report = {"results": results, "config": asdict(cfg), "versions": versions(), "seconds": seconds}
     write_text(out / "distill.json", json.dumps(report, indent=1))
     figure4(predictions, val, names, out / "figure4.png")
     print_table(results, names)
     print(f"{time.time() - started:.0f} s in all. Wrote {out}/: distill.json, figure4.png"
-          + ("" if there else ", student.pt, log.jsonl"))
+          + ("" if finished else ", student.pt, log.jsonl"))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def open_model(path, provider="cpu"):
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=available)
     except Exception as error:                          # ONNX Runtime has an error class for each of its states
-        raise BadInput(f"{path}: not a whole ONNX file ({type(error).__name__}); write it again with `python export.py`")
+        raise BadInput(f"{path}: not an ONNX file that ONNX Runtime opens ({str(error).splitlines()[0][:120]}); "
+                       "write it again with `python export.py`")
     if not {"names", "palette", "inner"} <= session.get_modelmeta().custom_metadata_map.keys():
         raise BadInput(f"{path}: an ONNX file, but not one of export.py's: it does not name its classes")
     runs = session.get_providers()[0]
@@ -78,7 +79,13 @@ def read_picture(path):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):          # as rectify.load_image: 16-bit greys cut to 8, transparency on white
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                if "A" in image.getbands() or "transparency" in image.info:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                return image.convert("RGB")
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -87,7 +94,8 @@ def read_picture(path):
 
 def segment(session, picture):
     """The mask of a PIL picture: H×W uint8, indices into the file's class names."""
-    seen = ImageOps.contain(picture, (LARGEST, LARGEST)) if max(picture.size) > LARGEST else picture
+    shrink = min(1, LARGEST / max(picture.size))
+    seen = picture.resize([max(1, round(shrink * n)) for n in picture.size]) if shrink < 1 else picture
     mask = session.run(["mask"], {"image": np.asarray(seen)[None]})[0][0]
     return np.asarray(Image.fromarray(mask).resize(picture.size, Image.NEAREST))
 
@@ -101,7 +109,7 @@ def palette_png(mask, palette):
 
 def overlay(picture, mask, names, palette):
     """The mask's colours over the picture, and the name of each class of at least 1 % in the middle of its pixels."""
-    scale = max(1, round(480 / min(picture.size)))      # room for the names on a small picture
+    scale = max(1, round(640 / max(picture.size)))      # room for the names on a small picture
     colours = np.array(palette, np.uint8)[mask]
     page = Image.blend(picture, Image.fromarray(colours), 0.55).resize([scale * n for n in picture.size])
     font = ImageFont.load_default(max(16, min(page.size) // 22))
@@ -114,12 +122,14 @@ def overlay(picture, mask, names, palette):
 
 def write_picture(image, path):
     """Save a PNG that is there whole or not at all. Raises BadInput where it cannot be written."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.parent / (path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(temporary, "PNG")
         temporary.replace(path)
     except OSError as error:
+        if temporary.is_file():
+            temporary.unlink()
         raise BadInput(f"{path}: cannot be written ({error.strerror or error})")
 
 
@@ -129,20 +139,22 @@ def run_file(args):
     meta = session.get_modelmeta().custom_metadata_map
     names, palette = json.loads(meta["names"]), json.loads(meta["palette"])
     print(f"running {args.run} on {session.get_providers()[0]}")
-    source, mask_path, overlay_path = Path(args.image), Path(args.mask), args.overlay and Path(args.overlay)
-    pictures = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES) if source.is_dir() else [source]
+    source, many = Path(args.image), Path(args.image).is_dir()
+    pictures = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES) if many else [source]
+    target = lambda path, place: Path(place) / f"{path.stem}.png" if many else Path(place)
+    written = [target(path, place).resolve() for path in pictures for place in (args.mask, args.overlay) if place]
     if not pictures:
         raise BadInput(f"{source}: holds no images ({' '.join(sorted(SUFFIXES))})")
+    if len(set(written)) < len(written) or {path.resolve() for path in pictures} & set(written):
+        raise BadInput("two of the files to read and write are the same: give --mask and --overlay places of their own")
     for path in pictures:
         picture = read_picture(path)
         mask = segment(session, picture)
-        target, over = ((folder / f"{path.stem}.png" if folder and source.is_dir() else folder)
-                        for folder in (mask_path, overlay_path))
-        write_picture(palette_png(mask, palette), target)
-        if over:
-            write_picture(overlay(picture, mask, names, palette), over)
+        write_picture(palette_png(mask, palette), target(path, args.mask))
+        if args.overlay:
+            write_picture(overlay(picture, mask, names, palette), target(path, args.overlay))
         shares = sorted(((np.mean(mask == c), names[c]) for c in np.unique(mask)), reverse=True)
-        print(f"{target}: " + ", ".join(f"{name} {share:.0%}" for share, name in shares[:4]))
+        print(f"{target(path, args.mask)}: " + ", ".join(f"{name} {share:.0%}" for share, name in shares[:4]))
 
 
 # ======================================================================================================= 2 the graph
@@ -195,7 +207,10 @@ def write_onnx(product, path, meta):
 
 
 def write_int8(source, path, samples, meta):
-    """Quantise an fp32 file of ours: QDQ, uint8 activations, int8 weights with a scale a channel, calibrated on training pictures."""
+    """Quantise an fp32 file of ours: QDQ, uint8 activations, int8 weights with a scale a channel, calibrated on training pictures.
+
+    Weights keep 7 bits (reduce_range): processors without VNNI add two products in 16 bits, which 8 bits overflow.
+    """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -216,6 +231,7 @@ def write_int8(source, path, samples, meta):
                         op_types_to_quantize=["Conv", "Add", "MaxPool"], calibrate_method=CalibrationMethod.MinMax)
     model = onnx.load(path)
     onnx.helper.set_model_props(model, meta)
+    onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
 
 
@@ -293,7 +309,7 @@ def interleaved(calls, seconds=15.0, least=3):
         try:
             call()
         except Exception as error:                      # torch.compile wants a C++ compiler, for one
-            print(f"left out: {name} ({str(error).splitlines()[0]})")
+            print(f"left out: {name} ({(str(error) or repr(error)).splitlines()[0]})")
             continue
         first[name], times[name] = time.perf_counter() - started, []
         call()                                          # warm-up
@@ -366,13 +382,13 @@ def bench(student, inner, files, out):
                     print(f"{name + ', ' + (gpu or 'CPU'):<34}{batch:>6}{first:>10.2f} s{1000 * median:>9.2f} ms{batch / median:>12.1f}"
                           + (f"{row['of_peak']:>13.0%}" if peak else f"{'-':>13}"))
     session = open_model(files["fp32"])
-    pictures = [rng.integers(256, size=(1, inner + 4 * k, inner - 4 * k, 3), dtype=np.uint8) for k in range(8)]
+    pictures = [rng.integers(256, size=(1, inner + k, inner - k, 3), dtype=np.uint8) for k in range(8)]
     turn = lambda order: [session.run(["mask"], {"image": picture}) for picture in order]
-    orders = interleaved({"changing": lambda: turn(pictures * 8), "sorted": lambda: turn([p for p in pictures for _ in range(8)])}, 5)
+    orders = interleaved({"changing": lambda: turn(pictures), "same": lambda: turn(pictures[:1] * 8)}, 5)
     ms = {(row["name"], row["batch"]): row["median_ms"] for row in report if row["device"] == "CPU"}
     ratios = {"ONNX Runtime fp32 against PyTorch eager": ms["PyTorch eager fp32", 1] / ms["ONNX Runtime fp32", 1],
               "end to end against the network alone": ms["ONNX Runtime fp32", 1] / ms["the network alone fp32", 1],
-              "eight sizes in turn against one at a time": orders["changing"][1] / orders["sorted"][1]}
+              "eight sizes in turn against one size": orders["changing"][1] / orders["same"][1]}
     if "int8" in files:
         ratios["int8 against fp32"] = ms["ONNX Runtime fp32", 1] / ms["ONNX Runtime int8", 1]
     print("\n" + "\n".join(f"{name}, CPU, batch 1: {ratio:.2f}×" for name, ratio in ratios.items()))
@@ -385,16 +401,15 @@ def bar_chart(rows, path):
     font, colours = ImageFont.load_default(20), {1: (200, 60, 40), 8: (40, 90, 180)}
     rows = sorted(rows, key=lambda row: (row["device"] != "CPU", row["name"], row["batch"]))
     left = 40 + int(max(font.getlength(f"{row['name']}, {row['device']}") for row in rows))
-    page = Image.new("RGB", (left + 620, 70 + 30 * len(rows) + 8 * len(rows)), "white")
+    page = Image.new("RGB", (left + 620, 70 + 38 * len(rows)), "white")
     draw, top = ImageDraw.Draw(page), max(row["pictures_per_s"] for row in rows)
     draw.text((20, 16), "pictures a second, higher is better", "black", font)
     for k, (batch, colour) in enumerate(colours.items()):
         draw.rectangle([left + 180 * k + 140, 20, left + 180 * k + 160, 38], fill=colour)
         draw.text((left + 180 * k + 168, 16), f"batch {batch}", "black", font)
     for k, row in enumerate(rows):
-        y = 60 + 30 * k + 16 * (k // 2)
-        if k % 2 == 0:
-            draw.text((left - 12, y + 27), f"{row['name']}, {row['device']}", "black", font, "rm")
+        y = 60 + 38 * k
+        draw.text((left - 12, y + 12), f"{row['name']}, {row['device']}", "black", font, "rm")
         wide = 500 * row["pictures_per_s"] / top
         draw.rectangle([left, y, left + wide, y + 24], fill=colours[row["batch"]])
         draw.text((left + wide + 8, y + 12), f"{row['pictures_per_s']:.1f}", "black", font, "lm")
@@ -413,8 +428,8 @@ def export(args):
     student, state = load_student(path)
     names, out = state["names"], path.parent
     inner = args.inner or -(-state["size"][1] // 8) * 8
-    if inner < 8 or len(names) >= VOID:
-        raise BadInput(f"--inner {inner}: the side of what the network sees, in px, from 8 on")
+    if inner < 32:
+        raise BadInput(f"--inner {inner}: the side in px of what the network sees, from 32 on")
     folder = dataset_folder(Config(**state["rectify"]))
     train, val = list_samples(folder, "train"), [s for s in list_samples(folder, "val") if s.label]
     meta = {"names": json.dumps(names), "palette": json.dumps([colour(c) for c in range(len(names))]), "ignore_index": str(VOID),
@@ -433,9 +448,11 @@ def export(args):
         found, results = check(make_product(student, inner, True), {name: open_model(p) for name, p in new.items()}, train, val, names)
         for name, temporary in new.items():
             temporary.replace(out / name)
+    if not args.int8:
+        (out / "student.int8.onnx").unlink(missing_ok=True)             # of an earlier student
     if val:
-        print(f"PyTorch, pictures stretched to {inner}×{inner}: mIoU {results['pytorch']['mIoU']:.2f}; "
-              f"at their own shape (distill.py): {state['mIoU']:.2f}")
+        print(f"PyTorch, pictures stretched to {inner}×{inner}: mIoU {results['pytorch']['mIoU']:.2f}"
+              + (f"; at their own shape (distill.py): {state['mIoU']:.2f}" if state["mIoU"] else ""))
     files = {name.removeprefix("student").removesuffix(".onnx").strip(".") or "fp32": out / name for name in new}
     report = {"results": results, "check": found, "config": vars(args) | {"inner": inner}, "versions": versions(),
               "bytes": {name: (out / name).stat().st_size for name in new}}
@@ -460,13 +477,18 @@ def main(argv=None):
     parser.add_argument("--provider", default="auto", choices=["auto", *PROVIDERS], help="where ONNX Runtime computes")
     args = parser.parse_args(argv)
     try:
+        if bool(args.run) != bool(args.image):
+            raise BadInput("--run FILE and --image PICTURE go together")
         if args.run:
             return run_file(args)
         from rectify import run
-        run(lambda: export(args))
+        return run(lambda: export(args))
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = error
+    except OSError as error:                            # a folder that cannot be written to, a full disk
+        message = f"{error.filename}: {error.strerror}"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

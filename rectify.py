@@ -1262,7 +1262,8 @@ def newest(name, root="runs"):
     """The newest file of this name in a run's folder. Raises UserError where there is none."""
     runs = sorted(Path(root).glob(f"*/{name}"), key=lambda p: p.stat().st_mtime)
     if not runs:
-        raise UserError(f"no {name} under {root}/; make one with `python {Path(name).stem}.py`")
+        maker = {"rectify.pt": "rectify.py", "student.pt": "distill.py"}[name]
+        raise UserError(f"no {name} under {root}/; make one with `python {maker}`")
     return runs[-1]
 
 

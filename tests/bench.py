@@ -160,7 +160,7 @@ def bench(sizes, device, folder):
     sgd = torch.optim.SGD(other.rectifier.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
 
     lessons, recipe = distill.complete(distill.Config(targets="crop"), segmenter), distill.recipe_of(segmenter)
-    teacher = distill.Teacher(segmenter, "reclip", recipe["least"])
+    teacher = distill.Teacher(segmenter, "reclip", recipe["least"], recipe["doubt"])
     student = distill.DeepLabV2(lessons.backbone, segmenter.T, teacher.R, segmenter.scale, recipe["rates"], lessons.width)
     student = student.train().to(device, memory_format=torch.channels_last if gpu else torch.preserve_format)
     torch.backends.cudnn.benchmark = True               # as distill.train has it
