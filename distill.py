@@ -47,7 +47,7 @@ PAPER = dict(backbone="resnet50c", width=1.0, weights="imagenet", rates=(6, 12, 
              doubt=0, optimizer="sgd", weight_decay=5e-4, lr=0.01, head=10, floor=1e-4)
 RECIPES = {
     "emoji": dict(backbone="resnet18", width=0.5, weights="tests/emoji/resnet18.safetensors", rates=(1, 2, 4, 6), targets="once",
-                  least=0, stretch=1.2, doubt=0.5, optimizer="adam", weight_decay=0.01, lr=3e-4, head=6, floor=0,
+                  least=0, stretch=1.4, doubt=0.5, optimizer="adam", weight_decay=0.01, lr=3e-4, head=6, floor=0,
                   epochs=14, batch=16, size=(2048, 96), crop=64, jitter=(0.7, 1.4)),
     "voc": dict(PAPER, epochs=100), "context": dict(PAPER, epochs=50), "ade": dict(PAPER, epochs=20),
 }

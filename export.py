@@ -301,7 +301,8 @@ PEAK = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 1
 def interleaved(calls, seconds=15.0, least=3):
     """Time calls in turn, so that a machine that slows down slows all of them. Returns {name: (first call s, median s)}.
 
-    A call that fails is left out and named.
+    A turn is one call that does not count, since threads of the one before still spin, and three that do. A call that fails is
+    left out and named.
     """
     first, times = {}, {}
     for name, call in calls.items():
@@ -316,9 +317,11 @@ def interleaved(calls, seconds=15.0, least=3):
     began = time.perf_counter()
     while time.perf_counter() - began < seconds or min(map(len, times.values())) < least:
         for name in times:
-            started = time.perf_counter()
             calls[name]()
-            times[name].append(time.perf_counter() - started)
+            for _ in range(3):
+                started = time.perf_counter()
+                calls[name]()
+                times[name].append(time.perf_counter() - started)
     return {name: (first[name], float(np.median(times[name]))) for name in times}
 
 
