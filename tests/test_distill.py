@@ -124,7 +124,7 @@ def test_a_mask_that_is_wrong_is_named_before_training(taught, mini, tmp_path, w
     masks = shutil.copytree(mini / "SegmentationClass", tmp_path / "masks")
     victim = masks / f"{rectify.list_samples(mini, 'train')[3].name}.png"
     if isinstance(wrong, int):
-        wrong = Image.new("P", Image.open(victim).size, wrong)
+        wrong = Image.new("L", Image.open(victim).size, wrong)
     wrong.save(victim) if wrong else victim.write_text("no picture")
     with pytest.raises(UserError, match=f"{victim.name}.*{message}"):
         distill.main(["--out", str(beginner(taught, tmp_path / "run")), "--teacher", str(masks)])
@@ -184,7 +184,7 @@ def test_ground_truth_teaches_nothing(taught, mini, tmp_path, capsys):
             assert "GROUND TRUTH" in capsys.readouterr().out
             for sample in rectify.list_samples(folder, "train"):
                 with Image.open(sample.label) as mask:
-                    Image.new("P", mask.size, 7).save(sample.label)
+                    Image.new("L", mask.size, 7).save(sample.label)
     assert same(student(runs[0]), student(runs[2])) and not same(student(runs[1]), student(runs[3]))
 
 
