@@ -413,7 +413,7 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
         print(f"resuming after epoch {begin} of {cfg.epochs}")
     else:
         partial.unlink(missing_ok=True)
-    if teacher and cfg.targets == "once":
+    if teacher and cfg.targets == "once" and teacher.known is None:
         teacher.ask_once(pictures.samples)
 
     per_epoch = -(-N // cfg.batch)

@@ -2,8 +2,10 @@
 
     python tests/ablations.py readings      # mean and spread of mIoU on val over seeds 0, 1, 2
     python tests/ablations.py t             # the sweep of the hypothesis's threshold (Table 9)
+    python tests/ablations.py losses        # DeepLabV2 with some of its three losses, after four epochs; goes on with the newest run
 
-The augmented views are computed once a seed and shared by all variants; all else is what `python rectify.py` does.
+The augmented views are computed once a seed and shared by all variants, and what the teacher says once for all students; all
+else is what `python rectify.py` and `python distill.py` do.
 """
 import argparse
 import sys
@@ -14,7 +16,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import rectify  # noqa: E402  (after the path to it)
+import distill  # noqa: E402  (after the path to it)
+import rectify  # noqa: E402
 
 TABLES = {
     "readings": {
@@ -47,11 +50,39 @@ def measure(options, seed, views):
     return results[cfg.method]["mIoU"], results["maskclip"]["mIoU"], quality["precision"], quality["recall"]
 
 
+LOSSES = {"mask, feature, text": {}, "mask, feature": dict(text_weight=0), "mask, text": dict(feature_weight=0),
+          "mask": dict(feature_weight=0, text_weight=0)}
+
+
+def losses(seeds, epochs=4):
+    """A row for each set of losses: mIoU of students of so many epochs, all of the teacher in the newest rectify.pt."""
+    checkpoint = rectify.newest("rectify.pt")
+    segmenter = rectify.Segmenter.load(checkpoint, out=str(checkpoint.parent))
+    folder, recipe, names = rectify.dataset_folder(segmenter.cfg), distill.recipe_of(segmenter), segmenter.names
+    pictures = distill.Pictures(rectify.list_samples(folder, "train"), recipe["size"], None, len(names), False)
+    teacher = distill.Teacher(segmenter, segmenter.cfg.method, recipe["least"], recipe["doubt"])
+    print(f"{checkpoint}, {epochs} epochs\n\n| losses | mIoU |\n|---|---|")
+    for title, weights in LOSSES.items():
+        found = []
+        for seed in seeds:
+            cfg = distill.complete(distill.Config(epochs=epochs, seed=seed, **weights), segmenter)
+            torch.manual_seed(seed)
+            R = teacher.R if cfg.teacher == "reclip" else None
+            student = distill.DeepLabV2(cfg.backbone, segmenter.T, R, segmenter.scale, recipe["rates"], cfg.width, recipe["weights"])
+            with tempfile.TemporaryDirectory() as out:
+                distill.train(student, teacher, pictures, cfg, names, recipe, Path(out))
+            masks = lambda images: {"student": distill.predict_student(student, images, recipe["size"])}
+            found.append(rectify.evaluate(masks, rectify.list_samples(folder, "val"), names)[0]["student"]["mIoU"])
+        print(f"| {title} | {np.mean(found):.1f}{f' ± {np.std(found):.1f}' if found[1:] else ''} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("table", choices=list(TABLES))
+    parser.add_argument("table", choices=[*TABLES, "losses"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
+    if args.table == "losses":
+        return losses(args.seeds)
     views = {}
     print("| | mIoU | gain over MaskCLIP | precision / recall of y |\n|---|---|---|---|")
     for title, options in TABLES[args.table].items():
