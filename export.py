@@ -52,6 +52,7 @@ def open_model(path, provider="cpu"):
     wanted = provider if provider != "auto" else "cuda" if shutil.which("nvidia-smi") else "cpu"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")    # or idle sessions slow each other down twofold
     options.log_severity_level = 3                      # what goes wrong is said below, once
     if wanted != "cpu" and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()                      # CUDA's own libraries, where pip has put them
