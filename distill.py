@@ -29,8 +29,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import rectify
-from rectify import (HERE, VOID, Segmenter, UserError, command_line, contrastive_loss, dataset_folder, denoise, evaluate, figure4, fit,
-                     hypothesise, list_samples, load_checkpoint, load_image, load_label, newest, option, predict, print_table,
+from rectify import (HERE, VOID, Segmenter, UserError, command_line, contrastive_loss, dataset_folder, denoise, evaluate,
+                     figure4, fit, hypothesise, list_samples, load_checkpoint, load_image, load_label, newest, option, predict, print_table,
                      refuse_other_run, run, save, similarity, versions, write_text)
 
 # ================================================================================================== 1 configuration
@@ -59,7 +59,7 @@ TTA_SCALES = (0.75, 1.0, 1.25)
 @dataclass
 class Config:
     dataset: str = option("", "go on with runs/<dataset> (default: the newest run)", list(RECIPES))
-    out: str = option("", "folder of the rectify.pt to go on with; the student goes there too, of another --teacher to a folder in it")
+    out: str = option("", "folder of the rectify.pt to go on with; the student goes there too (of another --teacher: in a folder)")
     teacher: str = option("", "reclip, reclip++, maskclip, or a folder of mask PNGs (default: the checkpoint's method)")
     backbone: str = option("", "a timm backbone: resnet50c, resnet101c, resnet18, .. (default by dataset)")
     width: float = option(None, "width of a ResNet, as a share of its own; another than the recipe's starts from scratch")
@@ -103,7 +103,8 @@ def complete(cfg, segmenter):
     chosen = {f.name: recipe[f.name] for f in fields(cfg) if getattr(cfg, f.name) in (None, "") and f.name in recipe}
     if cfg.dataset and (theirs.data or theirs.dataset != cfg.dataset):
         raise UserError(f"{theirs.out}/rectify.pt: was trained on {theirs.data or theirs.dataset}, not on {cfg.dataset}")
-    cfg = replace(cfg, **chosen, dataset="" if theirs.data else theirs.dataset, out=theirs.out, teacher=cfg.teacher or theirs.method)
+    chosen["dataset"] = "" if theirs.data else theirs.dataset
+    cfg = replace(cfg, **chosen, out=theirs.out, teacher=cfg.teacher or theirs.method)
     weights = (cfg.mask_weight, cfg.text_weight, 0 if is_folder(cfg.teacher) else cfg.feature_weight)
     for bad, message in [
             (cfg.teacher in ("reclip", "reclip++") and cfg.teacher != theirs.method,

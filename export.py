@@ -449,7 +449,8 @@ def export(args):
         if args.int8:
             new["student.int8.onnx"] = Path(place) / "student.int8.onnx"
             write_int8(new["student.onnx"], new["student.int8.onnx"], train[:128], meta)
-        found, results = check(make_product(student, inner, True), {name: open_model(p) for name, p in new.items()}, train, val, names)
+        sessions = {name: open_model(p) for name, p in new.items()}
+        found, results = check(make_product(student, inner, True), sessions, train, val, names)
         for name, temporary in new.items():
             temporary.replace(out / name)
     if not args.int8:
@@ -470,13 +471,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="", help="export runs/<dataset>/student.pt (default: the newest)")
     parser.add_argument("--out", default="", help="folder of the student.pt to export; the files are written there too")
-    parser.add_argument("--inner", type=int, default=0, help="side in px of what the network sees (default: the training's short side)")
-    parser.add_argument("--output", default="mask", choices=["mask", "probs"], help="what the graph gives: probs adds probabilities")
+    parser.add_argument("--inner", type=int, default=0, help="px of the square that the network sees (default: training's short side)")
+    parser.add_argument("--output", default="mask", choices=["mask", "probs"], help="probs: probabilities too")
     parser.add_argument("--int8", action="store_true", help="write student.int8.onnx too")
     parser.add_argument("--bench", action="store_true", help="time every way to run the student")
     parser.add_argument("--run", default="", metavar="FILE", help="run this ONNX file on --image instead; needs no PyTorch")
     parser.add_argument("--image", default="", help="a picture, or a folder of them")
-    parser.add_argument("--mask", default="mask.png", help="where the mask goes: a PNG, or a folder for a folder (default mask.png)")
+    parser.add_argument("--mask", default="mask.png", help="PNG of the mask, or a folder for a folder (default mask.png)")
     parser.add_argument("--overlay", default="", help="where the picture with the mask over it goes, likewise")
     parser.add_argument("--provider", default="auto", choices=["auto", *PROVIDERS], help="where ONNX Runtime computes")
     args = parser.parse_args(argv)
