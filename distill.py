@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import rectify
 from rectify import (HERE, VOID, Segmenter, UserError, command_line, contrastive_loss, dataset_folder, denoise, evaluate,
-                     figure4, fit, hypothesise, list_samples, load_checkpoint, load_image, load_label, newest, option, predict, print_table,
-                     refuse_other_run, run, save, similarity, versions, write_text)
+                     figure4, fit, hypothesise, list_samples, load_checkpoint, load_image, load_label, newest, option, predict,
+                     print_table, refuse_other_run, run, save, similarity, versions, write_text)
 
 # ================================================================================================== 1 configuration
 
@@ -40,7 +40,7 @@ from rectify import (HERE, VOID, Segmenter, UserError, command_line, contrastive
 # read mostly padding. width: of the backbone, as a share of its own. weights: what it starts from, timm's "imagenet" or a file
 # (Emoji VOC ships one, trained on 1,249 emoji that it does not show). head: learning rate of ASPP, times lr. targets: the
 # teacher sees each training crop (paper), or each whole picture and its mirror image once, from which crops are then cut:
-# two passes of CLIP in all, averaged; blind to how the crop looks. least: prompt denoising of the teacher. doubt: `ask_once`.
+# three passes of CLIP in all; the teacher does not see how the crop looks. least: prompt denoising of the teacher. doubt: `ask_once`.
 # stretch: how far the shape of a picture may change in training, since export.py shows the student every picture as a square.
 # floor: no learning rate falls below it.
 PAPER = dict(backbone="resnet50c", width=1.0, weights="imagenet", rates=(6, 12, 18, 24), targets="crop", least=0.5, stretch=1,
@@ -263,6 +263,11 @@ def lesson(teacher, batch, recipe, device):
 
 # ======================================================================================================== 4 student
 
+def stage_channels(width):
+    """The channels of a ResNet's four stages, as a share of its own."""
+    return [int(width * c) for c in (64, 128, 256, 512)]
+
+
 def make_backbone(name, width=1.0, weights=""):
     """A timm backbone of output stride 8 that gives its last stage.
 
@@ -271,7 +276,7 @@ def make_backbone(name, width=1.0, weights=""):
     """
     options = dict(features_only=True, output_stride=8, out_indices=(4,))
     if width != 1:
-        options["channels"] = [int(width * c) for c in (64, 128, 256, 512)]
+        options["channels"] = stage_channels(width)
     if weights:
         source = {} if weights == "imagenet" else dict(pretrained_cfg_overlay=dict(file=str(HERE / weights)))
         try:

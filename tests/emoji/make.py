@@ -25,6 +25,7 @@ The glyphs come from Noto Color Emoji (Google, SIL Open Font License 1.1; Debian
 is needed only here: the archive holds pictures, not the font.
 """
 import argparse
+import functools
 import hashlib
 import io
 import json
@@ -85,10 +86,15 @@ GROUNDS = {"sky": ((110, 170, 235), (200, 225, 250), (5, 3)), "sea": ((60, 130, 
            "room": ((225, 205, 175), (170, 130, 95), (3, 16)), "sand": ((235, 215, 160), (205, 175, 115), (16, 8))}
 
 
+@functools.cache
+def font():
+    return ImageFont.truetype(FONT, 109)                # 109 is the one size that the bitmap font has
+
+
 def glyph(letter):
     """One emoji as an RGBA picture, 136×128; what the font lacks looks like every other one that it lacks."""
-    canvas = Image.new("RGBA", (136, 128))              # 109 is the one size that the bitmap font has
-    ImageDraw.Draw(canvas).text((0, 0), letter, font=ImageFont.truetype(FONT, 109), embedded_color=True)
+    canvas = Image.new("RGBA", (136, 128))
+    ImageDraw.Draw(canvas).text((0, 0), letter, font=font(), embedded_color=True)
     return canvas
 
 
@@ -98,6 +104,7 @@ def glyphs():
     return {name: [image.crop(image.getbbox()) for image in images] for name, images in art.items()}
 
 
+@functools.cache
 def other_glyphs():
     """Every glyph of Unicode's emoji blocks that the font has and that no class uses, without skin tones."""
     ours, lacking = {letter for c in CLASSES.values() for letter in c[0]}, glyph("\u0378").tobytes()
@@ -296,6 +303,11 @@ class Muon:
             p.mul_(1 - lr * self.weight_decay).add_(x.view_as(p), alpha=-lr * 0.2 * math.sqrt(max(x.shape)))
 
 
+def learning_rate(step, steps):
+    """Warm up, hold, fall to zero."""
+    return 2e-3 * min(1, (step + 1) / 150, (steps - step) / (0.8 * steps))
+
+
 def draw_web(seed, pictures):
     """The captioned pictures, a quarter of them close-ups, those first: (N×96×96×3 uint8, N pairs of captions, how many)."""
     chunk, closeups = 500, pictures // 4
@@ -331,7 +343,7 @@ def pretrain(folder, seed, pictures, steps, batch):
     rng, order = np.random.default_rng([seed, 2]), np.empty(0, int)
     bar = tqdm(range(steps), "pretraining")
     for step in bar:
-        lr = 2e-3 * min(1, (step + 1) / 150, (steps - step) / (0.8 * steps))            # warm up, hold, fall to zero
+        lr = learning_rate(step, steps)
         if len(order) < batch:                          # close-ups alone at first, everything after an eighth of the way
             order = rng.permutation(closeups if step < steps / 8 else len(images))
         index, order = np.sort(order[:batch]), order[batch:]
@@ -407,7 +419,8 @@ def _closeups_chunk(job):
     rng, art = np.random.default_rng([seed, 3, chunk]), other_glyphs()
     label, images = rng.integers(len(art), size=count), np.empty((count, side, side, 3), np.uint8)
     for image, index in zip(images, label):
-        picture, mask, size = background(rng, rng.choice(list(GROUNDS)), side, side), np.zeros((side, side), np.uint8), rng.uniform(28, 76)
+        picture, mask = background(rng, rng.choice(list(GROUNDS)), side, side), np.zeros((side, side), np.uint8)
+        size = rng.uniform(28, 76)
         tint = list(TINTS.values())[rng.integers(len(TINTS))] if rng.random() < 0.2 else None
         edge = min(0.3 * size, side / 2)
         paint(picture, mask, sprite(rng, art[index], size, tint), 1, rng.uniform(edge, side - edge, 2))
@@ -423,15 +436,15 @@ def pretrain_backbone(path, seed, pictures, steps, batch, side=64):
         made = list(tqdm(pool.imap(_closeups_chunk, jobs), "drawing", len(jobs)))
     images, labels = (np.concatenate(part) for part in zip(*made))
     torch.manual_seed(seed)
-    width = [int(distill.RECIPES["emoji"]["width"] * c) for c in (64, 128, 256, 512)]
-    model = timm.create_model("resnet18", channels=width, num_classes=count).to(memory_format=torch.channels_last)
+    channels = distill.stage_channels(distill.RECIPES["emoji"]["width"])
+    model = timm.create_model("resnet18", channels=channels, num_classes=count).to(memory_format=torch.channels_last)
     filters = [p for p in model.parameters() if p.ndim == 4]
     muon = Muon(filters)
     adam = torch.optim.AdamW([p for p in model.parameters() if p.ndim != 4], weight_decay=0.05)
     rng, order, right = np.random.default_rng([seed, 4]), np.empty(0, int), 0
     bar = tqdm(range(steps), "pretraining")
     for step in bar:
-        lr = 2e-3 * min(1, (step + 1) / 150, (steps - step) / (0.8 * steps))
+        lr = learning_rate(step, steps)
         if len(order) < batch:
             order = rng.permutation(len(images))
         index, order = np.sort(order[:batch]), order[batch:]
