@@ -26,12 +26,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 import rectify
-from rectify import (HERE, VOID, Segmenter, UserError, command_line, contrastive_loss, dataset_folder, denoise, evaluate,
-                     figure4, fit, hypothesise, list_samples, load_checkpoint, load_image, load_label, newest, option, predict,
-                     print_table, refuse_other_run, run, save, similarity, versions, write_text)
+from rectify import (HERE, RANK, VOID, WORLD, Segmenter, UserError, command_line, contrastive_loss, dataset_folder, denoise,
+                     evaluate, figure4, first_alone, fit, hypothesise, in_step, list_samples, load_checkpoint, load_image,
+                     load_label, newest, option, predict, print_table, refuse_other_run, run, save, similarity, tqdm, versions,
+                     write_text)
 
 # ================================================================================================== 1 configuration
 
@@ -374,15 +374,13 @@ def on_grid(label, size):
     return F.interpolate(label[:, None].float(), size, mode="nearest-exact")[:, 0].long()
 
 
-def losses(student, x, label, f):
+def losses(logits, u, label, f, T, scale):
     """The losses of a step's crops, {"mask", "text", "feature"}; the last only where there is a teacher's feature.
 
-    x: B×3×S×S in [0, 1]; label: B×S×S; f: B×D×s×s or None, as `lesson` gives them.
+    logits: B×C×s×s and u: B×D×s×s of the student. label: B×S×S; f: B×D×s×s or None, as `lesson` gives them. T: C×D.
     """
-    x = prepare(x)
-    logits, u = student(x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x)
     coarse = on_grid(label, u.shape[-2:])                                               # B s s
-    found = {"mask": mask_guided(logits, label), "text": text_guided(u, student.T, coarse, student.scale)}
+    found = {"mask": mask_guided(logits, label), "text": text_guided(u, T, coarse, scale)}
     return found if f is None else found | {"feature": feature_guided(u, f, coarse)}
 
 
@@ -394,13 +392,27 @@ def poly(step, steps, lr, floor):
     return floor + (lr - floor) * (1 - step / steps) ** 0.9
 
 
+def step(model, optimizer, x, label, f, weights):
+    """A step on a lesson's crops. model: the DeepLabV2, or `in_step` with other processes'. Returns its losses by name."""
+    student, x = getattr(model, "module", model), prepare(x)
+    logits, u = model(x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x)
+    found = losses(logits, u, label, f, student.T, student.scale)
+    optimizer.zero_grad()
+    sum(weights[name] * loss for name, loss in found.items()).backward()
+    nn.utils.clip_grad_norm_(student.parameters(), LONGEST)
+    optimizer.step()
+    return {name: loss.detach() for name, loss in found.items()}
+
+
 def train(student, teacher, pictures, cfg, names, recipe, out):
     """Learn the student from the teacher alone; a line an epoch in out/log.jsonl, after rectify.py's where that is there.
 
-    out/distill.partial.pt is for --resume.
+    out/distill.partial.pt is for --resume. Of several processes each takes its part of every batch, and logs its own losses.
     """
     device, N = student.T.device, len(pictures)
-    student = student.to(memory_format=torch.channels_last) if device.type == "cuda" else student
+    if device.type == "cuda":
+        student = student.to(memory_format=torch.channels_last)
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student) if WORLD > 1 else student
     torch.backends.cudnn.benchmark = True               # all crops have one size
     base = [cfg.lr, cfg.lr * recipe["head"]]
     groups = [{"params": list(student.backbone.parameters())}, {"params": list(student.aspp.parameters())}]
@@ -422,12 +434,15 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
     if teacher and cfg.targets == "once" and teacher.known is None:
         teacher.ask_once(pictures.samples)
 
-    per_epoch = -(-N // cfg.batch)
+    model, per_epoch = in_step(student, device), -(-N // cfg.batch)
     bar = tqdm(total=cfg.epochs * per_epoch, initial=begin * per_epoch, desc="student", unit="step")
     for epoch in range(begin, cfg.epochs):
         torch.manual_seed(100_003 * cfg.seed + epoch)   # an epoch's randomness is its own, so that a resumed run repeats it
+        batches = [i[RANK::WORLD].tolist() for i in torch.randperm(N).split(cfg.batch) if len(i) >= WORLD]
+        if RANK > 0:
+            torch.manual_seed(hash((cfg.seed, epoch, RANK)))            # or all processes would cut the same windows
         started, total = time.time(), {}                # of each loss, the mean of the epoch
-        loader = DataLoader(pictures, batch_sampler=[i.tolist() for i in torch.randperm(N).split(cfg.batch)], collate_fn=list,
+        loader = DataLoader(pictures, batch_sampler=batches, collate_fn=list,
                             num_workers=min(8, os.cpu_count()) if device.type == "cuda" else 0)
         student.train()
         for k, batch in enumerate(loader):
@@ -435,13 +450,8 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
                 group["lr"] = poly(epoch * per_epoch + k, cfg.epochs * per_epoch, lr, recipe["floor"])
             for broken in (item for item in batch if isinstance(item, UserError)):
                 raise broken
-            found = losses(student, *lesson(teacher, batch, recipe, device))
-            optimizer.zero_grad()
-            sum(weights[name] * loss for name, loss in found.items()).backward()
-            nn.utils.clip_grad_norm_(student.parameters(), LONGEST)
-            optimizer.step()
-            for name, loss in found.items():
-                total[name] = total.get(name, 0) + loss.detach() * len(batch) / N
+            for name, loss in step(model, optimizer, *lesson(teacher, batch, recipe, device), weights).items():
+                total[name] = total.get(name, 0) + loss * len(batch) * WORLD / N
             bar.update()
         line = {"epoch": epoch + 1, "loss": sum(weights[name] * total[name].item() for name in total),
                 **{name: total[name].item() for name in total}, "lr": optimizer.param_groups[0]["lr"]}
@@ -450,9 +460,10 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
         speed = {"images_per_second": round(N / (time.time() - started), 1)}
         log.append({"stage": "distill"} | {k: round(v, 6) for k, v in line.items()} | speed)
         bar.set_postfix(epoch=epoch + 1, loss=f"{line['loss']:.3f}")
-        write_text(out / "log.jsonl", "\n".join(rectifying + [json.dumps(entry) for entry in log]))
-        save(partial, {"config": asdict(cfg), "names": names, "student": student.state_dict(), "epoch": epoch + 1,
-                       "log": log, "optimizer": optimizer.state_dict()})
+        if RANK == 0:
+            write_text(out / "log.jsonl", "\n".join(rectifying + [json.dumps(entry) for entry in log]))
+            save(partial, {"config": asdict(cfg), "names": names, "student": student.state_dict(), "epoch": epoch + 1,
+                           "log": log, "optimizer": optimizer.state_dict()})
     bar.close()
     student.eval()
     torch.backends.cudnn.benchmark = False              # from here on sizes change
@@ -504,9 +515,10 @@ def main(argv=None):
         cfg = replace(Config(**config), eval=cfg.eval, tta=cfg.tta, device=cfg.device, resume=False, out=cfg.out or str(home))
     checkpoint = find_checkpoint(cfg)
     print(f"distilling {checkpoint}")
-    segmenter = Segmenter.load(checkpoint, device=cfg.device, out=str(checkpoint.parent))
+    with first_alone():
+        segmenter = Segmenter.load(checkpoint, device=cfg.device, out=str(checkpoint.parent))
+        folder = dataset_folder(segmenter.cfg)
     cfg, recipe, names, device = complete(cfg, segmenter), recipe_of(segmenter), segmenter.names, segmenter.device
-    folder = dataset_folder(segmenter.cfg)
     samples, val = list_samples(folder, "train"), [s for s in list_samples(folder, "val") if s.label]
     masks = Path(cfg.teacher) if is_folder(cfg.teacher) else None
     out = Path(cfg.out) / (Path(cfg.teacher).resolve().name if cfg.teacher != segmenter.cfg.method else "")
@@ -530,13 +542,17 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         teacher = None if masks else Teacher(segmenter, cfg.teacher, recipe["least"], recipe["doubt"])
         R = teacher.R if cfg.teacher == "reclip" else None
-        student = DeepLabV2(cfg.backbone, segmenter.T, R, segmenter.scale, recipe["rates"], cfg.width, recipe["weights"])
+        with first_alone():
+            student = DeepLabV2(cfg.backbone, segmenter.T, R, segmenter.scale, recipe["rates"], cfg.width, recipe["weights"])
         student = student.to(device)
         size = sum(p.numel() for p in student.parameters()) / 1e6
         print(f"{cfg.teacher} teaches {cfg.backbone}, {size:.2f} M parameters: "
               f"{len(samples)} images to learn from, {len(val)} labelled ones to measure on, {len(names)} classes, {device}")
         pictures = Pictures(samples, recipe["size"], masks, len(names), cfg.ignore_gt_background)
         train(student, teacher, pictures, cfg, names, recipe, out)
+    if RANK > 0:
+        return                                          # the first process writes and measures
+    if not finished:
         state = {"config": asdict(cfg), "names": names, "student": student.state_dict(), "size": recipe["size"],
                  "rates": recipe["rates"], "mIoU": None, "rectify": asdict(segmenter.cfg)}
         save(out / "student.pt", state)

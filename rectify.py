@@ -8,6 +8,7 @@ far from the centre. This script learns that bias from the pictures alone, subtr
     python rectify.py --dataset voc                      # PASCAL VOC 2012 with OpenAI's ViT-B/16; or context, ade
     python rectify.py --data my_photos --names names.txt # a folder of your own, no labels needed
     python rectify.py --image photo.jpg --names "dog, horse"    # one picture, any words, with the newest run
+    torchrun --nproc-per-node 4 rectify.py --dataset ade        # several GPUs; distill.py too
 
 Read it top to bottom: 1 configuration, 2 data, 3 CLIP, 4 method, 5 training, 6 evaluation, 7 figures, 8 main.
 The letters are the paper's: f dense feature, T text feature, R Reference feature, PE positional embedding, P space-preference
@@ -39,11 +40,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import nn
+from torch import distributed, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
+RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in       # of `torchrun`, which starts WORLD processes
+                      (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+tqdm = functools.partial(tqdm, disable=RANK > 0)
 
 
 class UserError(Exception):
@@ -154,10 +158,30 @@ def complete(cfg):
 
 
 def pick_device(cfg):
-    """The torch device that --device means. Raises UserError where it asks for a GPU that is not there."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device here")
-    return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+    """The torch device that --device means, under torchrun this process's own. Raises UserError where it is not there."""
+    gpus = torch.cuda.device_count()
+    if cfg.device == "cpu" or cfg.device == "auto" and not gpus:
+        return torch.device("cpu")
+    if LOCAL >= gpus:
+        raise UserError(f"--device {cfg.device}: torch finds {gpus} CUDA devices here, and this is process {LOCAL + 1}")
+    torch.cuda.set_device(LOCAL)
+    return torch.device("cuda", LOCAL)
+
+
+@contextlib.contextmanager
+def first_alone():
+    """What is in it runs in the first process alone, which may download and convert, and then in the others, which find it."""
+    if RANK > 0:
+        distributed.barrier()
+    yield
+    if RANK == 0 and WORLD > 1:
+        distributed.barrier()
+
+
+def in_step(module, device, **options):
+    """The module itself, or, of several processes, with gradients that are their mean (PyTorch's DistributedDataParallel)."""
+    gpu = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, gpu, **options) if WORLD > 1 else module
 
 
 def command_line(config, doc, argv=None):
@@ -640,19 +664,22 @@ def name_tokens(clip, tokenizer, names):
 def reference_features(clip, V, tokens):
     """R: C×D before its norm is set. The prompt [SOS][v1..vL][name][EOT] of each class, through the frozen text encoder.
 
-    V: L×d or C×L×d, the learnable tokens. tokens: C×n, the names and EOT. Differentiable in V.
+    V: L×d, learnable tokens that all classes share, or C×L×d. tokens: C×n, the names and EOT. Differentiable in V.
+    Text sees what stands before it only, so a shared [SOS][v1..vL] is the same for every name: all names stand behind it in one
+    sequence, and the mask hides them from each other. Cost: 1+L+C·n tokens instead of C·(1+L+n).
     """
-    text = _text(clip)
-    C = len(tokens)
-    embed = text.token_embedding(tokens)                                                # C n d
-    sos = text.token_embedding.weight[-2].expand(C, 1, -1)                              # SOS is the last but one word
-    x = torch.cat([sos, V.expand(C, -1, -1), embed], dim=1)                             # C 1+L+n d
-    length = x.size(1)
-    x = x + text.positional_embedding[:length]
-    mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
-    x = text.ln_final(text.transformer(x, attn_mask=mask))
-    eot = 1 + V.size(-2) + tokens.argmax(1)                                             # EOT has the largest number
-    return x[torch.arange(C), eot] @ text.text_projection
+    text, (C, n), L, device = _text(clip), tokens.shape, V.size(-2), tokens.device
+    B = 1 if V.ndim == 2 else C                                                         # prompts, with K names behind each
+    K = C // B
+    sos = text.token_embedding.weight[-2].expand(B, 1, -1)                              # SOS is the last but one word
+    x = torch.cat([sos, V.view(B, L, -1), text.token_embedding(tokens).view(B, K * n, -1)], dim=1)     # B 1+L+K·n d
+    place = torch.cat([torch.arange(1 + L), (1 + L + torch.arange(n)).repeat(K)]).to(device)
+    name = torch.cat([torch.full((1 + L,), -1), torch.arange(K).repeat_interleave(n)]).to(device)      # -1: the prompt's own
+    seen = (place <= place[:, None]) & ((name == -1) | (name == name[:, None]))         # row sees column
+    mask = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)
+    x = text.ln_final(text.transformer(x + text.positional_embedding[place], attn_mask=mask))
+    names = x[:, 1 + L:].reshape(C, n, -1)
+    return names[torch.arange(C), tokens.argmax(1)] @ text.text_projection              # at EOT, which has the largest number
 
 
 # =========================================================================================================== 4 method
@@ -733,13 +760,15 @@ def contrastive_loss(M, f, T, y, scale, valid, pool):
     return ((own * y).sum(1) / y.sum(1).clamp(min=1)).mean()
 
 
-class Segmenter:
+class Segmenter(nn.Module):
     """CLIP, its text features, and a Rectifier: pictures in, logits out. Frozen CLIP and 85-template T; R from the prompt.
 
-    Built new for training, or by `load` from a checkpoint; distill.py uses it as the teacher.
+    Built new for training, or by `load` from a checkpoint; distill.py uses it as the teacher. forward(x), a training step's:
+    dense features f B×D×h×w, or with finetune the uint8 views that they are computed from -> rectified logits B×C×h×w, f.
     """
 
     def __init__(self, cfg, names, device):
+        super().__init__()
         self.cfg, self.names, self.device = cfg, names, device
         self.clip, self.tokenizer = load_clip(cfg, device)
         self.stock = copy.deepcopy(self.clip) if cfg.finetune else self.clip     # for the baseline and the hypothesis
@@ -767,6 +796,10 @@ class Segmenter:
     def rectified(self, f, R):
         """Rectified logits B×C×h×w of dense features."""
         return self.rectifier(f, self.T, R, positional_embedding(self.clip, tuple(f.shape[-2:])))
+
+    def forward(self, x):
+        f = self.features(x) if self.cfg.finetune else x.float()
+        return self.rectified(f, self.reference()), f
 
     @classmethod
     def load(cls, path, **changes):
@@ -836,12 +869,12 @@ def augmented(image, recipe):
     Returns (3×crop×crop uint8, (height, width) of what is picture in it). The authors redraw a crop until no ground-truth
     class fills three quarters of it; ours never asks.
     """
-    crop = recipe["crop"]
-    image = fit(image, recipe["size"], np.random.uniform(*recipe["jitter"]))
-    if np.random.rand() < 0.5:
+    crop, (low, high), (factor, mirror, *corner) = recipe["crop"], recipe["jitter"], torch.rand(4).tolist()
+    image = fit(image, recipe["size"], low + (high - low) * factor)
+    if mirror < 0.5:
         image = image.flip(-1)
     image = v2.RandomPhotometricDistort()(image)
-    top, left = (np.random.randint(max(n - crop, 0) + 1) for n in image.shape[1:])
+    top, left = (int(u * (max(n - crop, 0) + 1)) for u, n in zip(corner, image.shape[1:]))
     image = image[:, top:top + crop, left:left + crop]
     height, width = image.shape[1:]
     return F.pad(image, (0, crop - width, 0, crop - height)), (height, width)
@@ -865,7 +898,8 @@ def make_room(shape, dtype, device, out):
     size = math.prod(shape)
     need, share = size * dtype.itemsize / 1e9, 0.7
     for place, name in [(device, "the GPU's memory" if device.type == "cuda" else "RAM"), (torch.device("cpu"), "RAM")]:
-        if need <= share * free_memory(place) / 1e9:
+        users = WORLD if place.type == "cpu" else 1
+        if need * users <= share * free_memory(place) / 1e9:
             print(f"features: {need:.3g} GB in {name}")
             return torch.empty(shape, dtype=dtype, device=place)
     missing = need - share * shutil.disk_usage(out).free / 1e9
@@ -873,8 +907,9 @@ def make_room(shape, dtype, device, out):
         raise UserError(f"{out}: {need:.3g} GB of features fit neither memory nor this disk, which lacks {missing:.3g} GB; "
                         "fewer --views need less, or give --out on a larger disk")
     print(f"features: {need:.3g} GB in a file in {out}")
-    x = torch.from_file(str(out / "features.tmp"), shared=True, size=size, dtype=dtype).view(shape)
-    (out / "features.tmp").unlink()                     # only its name: the space is free when x is, however the run ends
+    file = out / f"features.{RANK}.tmp"
+    x = torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)
+    file.unlink()                                       # only its name: the space is free when x is, however the run ends
     return x
 
 
@@ -884,19 +919,26 @@ def training_data(segmenter, samples):
 
     x: K×N×D×h×w half, the dense features f of K augmented views of each image; K×N×3×crop×crop uint8, the views themselves,
     where the encoder is trained too; where `make_room` finds room. valid: K×N×h×w bool, patches that are picture.
-    y: N×C bool, the hypothesis. Cost: (K + 1)·N passes of CLIP; K·N·D·h·w·2 bytes.
+    y: N×C bool, the hypothesis. Of several processes each computes and keeps every WORLD-th image.
+    A view depends on the seed and its numbers alone. Cost: (K + 1)·N passes of CLIP; K·N·D·h·w·2 bytes.
     """
     cfg, recipe, device = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.device
+    numbers, samples = range(RANK, len(samples), WORLD), samples[RANK::WORLD]
     K, N, crop = cfg.views, len(samples), recipe["crop"]
     first = torch.arange(0, crop, segmenter.clip.visual.patch_size[0])                  # first pixel of every patch
     shape = (3, crop, crop) if cfg.finetune else (segmenter.T.size(1), len(first), len(first))
     x = make_room((K, N, *shape), torch.uint8 if cfg.finetune else torch.half, device, Path(cfg.out))
     valid = torch.empty(K, N, len(first), len(first), dtype=torch.bool, device=device)
+
+    def view(image, n, k):
+        torch.manual_seed(int(np.random.SeedSequence([cfg.seed, n, k]).generate_state(1)[0]))
+        return augmented(image, recipe)
+
     for start in tqdm(range(0, N, 32), "dense features", leave=False):
         images = [load_image(sample.image) for sample in samples[start:start + 32]]
         rows = slice(start, start + len(images))
         for k in range(K):
-            crops, extents = zip(*(augmented(image, recipe) for image in images))
+            crops, extents = zip(*(view(image, n, k) for image, n in zip(images, numbers[rows])))
             height, width = torch.tensor(extents).T[..., None]                          # B 1, B 1
             valid[k, rows] = (first < height)[:, :, None] & (first < width)[:, None]
             crops = torch.stack(crops)
@@ -904,8 +946,12 @@ def training_data(segmenter, samples):
     return x, valid, hypotheses(segmenter, samples).to(device)
 
 
-def train(segmenter, data, out, resume):
-    """Learn the Rectifier (and with finetune CLIP's image encoder) from hypotheses alone; log a line an epoch."""
+def train(segmenter, data, N, out, resume):
+    """Learn the Rectifier (and with finetune CLIP's image encoder) from hypotheses alone; log a line an epoch.
+
+    data: x, valid, y of training_data, computed from N images. Each epoch goes through one view of every image. Of several
+    processes each takes its own images out of every batch, and the weighted mean of their gradients is the batch's.
+    """
     cfg, recipe, rectifier, device = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.rectifier, segmenter.device
     x, valid, y = data
     groups = [{"params": [rectifier.V], "lr": cfg.lr},
@@ -924,39 +970,46 @@ def train(segmenter, data, out, resume):
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         begin = state["epoch"]
-        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
-        (out / "log.jsonl").write_text("".join(lines[:begin]))      # an epoch that was logged and not saved runs again
+        log = out / "log.jsonl"
+        lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
+        log.write_text("".join(lines[:begin]))          # an epoch that was logged and not saved runs again
         print(f"resuming after epoch {begin} of {cfg.epochs}")
     else:
         for old in (partial, out / "log.jsonl"):
             old.unlink(missing_ok=True)
 
-    N, steps = len(y), -(-len(y) // cfg.batch)
+    if device.type == "cuda" and WORLD > 1:             # BatchNorm sees the whole batch, which it can on GPUs only
+        nn.SyncBatchNorm.convert_sync_batchnorm(rectifier)
+    model, steps = in_step(segmenter, device, find_unused_parameters=cfg.space == "off"), -(-N // cfg.batch)
     bar = tqdm(total=cfg.epochs * steps, initial=begin * steps, desc=cfg.method, unit="step")
     for epoch in range(begin, cfg.epochs):
         torch.manual_seed(100_003 * cfg.seed + epoch)   # an epoch's randomness is its own, so that a resumed run repeats it
-        view = torch.randint(cfg.views, (N,))
+        k, total = epoch % cfg.views, torch.zeros((), device=device)
         rectifier.train()
-        total = torch.zeros((), device=device)
         for i in torch.randperm(N).split(cfg.batch):
-            f = segmenter.features(x[view[i], i]) if cfg.finetune else x[view[i], i].to(device).float()
-            logits = segmenter.rectified(f, segmenter.reference())
+            own = i[i % WORLD == RANK] // WORLD         # where this process has its images
+            share = len(own) * WORLD / len(i)
+            own = own if share else torch.zeros(1, dtype=torch.long)    # without one it goes along with its first, which weighs 0
+            logits, f = model(x[k, own].to(device))
             M = gumbel_mask(logits, cfg.alpha)
-            loss = contrastive_loss(M, f, segmenter.T, y[i], segmenter.scale, valid[view[i], i], cfg.pool)
+            loss = share * contrastive_loss(M, f, segmenter.T, y[own], segmenter.scale, valid[k, own], cfg.pool)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(i)
             bar.update()
-        mean, lr = total.item() / N, schedule.get_last_lr()[0]
+        if WORLD > 1:
+            distributed.all_reduce(total)
+        mean, lr = total.item() / N / WORLD, schedule.get_last_lr()[0]
         schedule.step()
         bar.set_postfix(epoch=epoch + 1, loss=f"{mean:.3f}")
         if not np.isfinite(mean):
             raise UserError(f"the loss is {mean} in epoch {epoch + 1}; lower --lr, or --alpha (log: {out / 'log.jsonl'})")
-        with open(out / "log.jsonl", "a") as log:
-            log.write(json.dumps({"epoch": epoch + 1, "loss": round(mean, 5), "lr": lr}) + "\n")
-        save(partial, {**segmenter.state(), "epoch": epoch + 1, "optimizer": optimizer.state_dict(),
-                       "schedule": schedule.state_dict()})
+        if RANK == 0:
+            with open(out / "log.jsonl", "a") as log:
+                log.write(json.dumps({"epoch": epoch + 1, "loss": round(mean, 5), "lr": lr}) + "\n")
+            save(partial, {**segmenter.state(), "epoch": epoch + 1, "optimizer": optimizer.state_dict(),
+                           "schedule": schedule.state_dict()})
     bar.close()
     rectifier.eval()
     segmenter.clip.requires_grad_(False)
@@ -1302,16 +1355,15 @@ def main(argv=None):
         cfg = replace(theirs, eval=cfg.eval, device=cfg.device, root=cfg.root, data=cfg.data or theirs.data,
                       out=cfg.out or str(Path(cfg.eval).parent))
     cfg = complete(cfg)
-    np.random.seed(cfg.seed)
+    names, device, out = state["names"] if cfg.eval else class_names(cfg), pick_device(cfg), Path(cfg.out)
     torch.manual_seed(cfg.seed)
-    names = state["names"] if cfg.eval else class_names(cfg)
-    folder, out = dataset_folder(cfg), Path(cfg.out)
-    samples, val = list_samples(folder, "train"), [s for s in list_samples(folder, "val") if s.label]
-    device = pick_device(cfg)
-    print(f"{cfg.method} on {folder}: {len(samples)} images to learn from, {len(val)} labelled ones to measure on, "
-          f"{len(names)} classes, {device}")
-    segmenter = Segmenter(cfg, names, device)
-    out.mkdir(parents=True, exist_ok=True)
+    with first_alone():
+        folder = dataset_folder(cfg)
+        samples, val = list_samples(folder, "train"), [s for s in list_samples(folder, "val") if s.label]
+        print(f"{cfg.method} on {folder}: {len(samples)} images to learn from, {len(val)} labelled ones to measure on, "
+              f"{len(names)} classes, {device}" + f", {WORLD} processes" * (WORLD > 1))
+        segmenter = Segmenter(cfg, names, device)
+        out.mkdir(parents=True, exist_ok=True)
     seconds, written = {}, ["rectify.json", "figure1a.png", "figure4.png"]
 
     if cfg.eval:
@@ -1325,11 +1377,14 @@ def main(argv=None):
         data = training_data(segmenter, samples)
         print(f"hypothesis: {data[2].float().sum(1).mean():.2f} classes an image")
         seconds["features"] = round(time.time() - started, 1)
-        train(segmenter, data, out, cfg.resume)
+        train(segmenter, data, len(samples), out, cfg.resume)
         del data                                        # gives its room back
+        written += ["rectify.pt", "log.jsonl"]
+    if RANK > 0:
+        return                                          # the first process writes and measures
+    if "rectify.pt" in written:
         save(out / "rectify.pt", segmenter.state())
         (out / "rectify.partial.pt").unlink()
-        written += ["rectify.pt", "log.jsonl"]
     seconds["training"] = round(time.time() - started - sum(seconds.values()), 1)
 
     if not val:
@@ -1358,7 +1413,13 @@ def write_text(path, text):
 
 
 def run(main):
-    """Call a script's main; what the user can mend is one line and exit code 2, an interrupt says how to go on."""
+    """Call a script's main; what the user can mend is one line and exit code 2, an interrupt says how to go on.
+
+    Where torchrun started several processes they meet first, and only the first one talks.
+    """
+    if WORLD > 1:
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         return main()
     except UserError as error:

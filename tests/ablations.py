@@ -37,14 +37,13 @@ def measure(options, seed, views):
     cfg = rectify.complete(rectify.Config(seed=seed, **options))
     folder = rectify.dataset_folder(cfg)
     train, val = (rectify.list_samples(folder, split) for split in ("train", "val"))
-    np.random.seed(seed)
     torch.manual_seed(seed)
     segmenter = rectify.Segmenter(cfg, rectify.VOC_NAMES, rectify.pick_device(cfg))
     if seed not in views:
         views[seed] = rectify.training_data(segmenter, train)[:2]
     y = rectify.hypotheses(segmenter, train).to(segmenter.device)
     with tempfile.TemporaryDirectory() as out:
-        rectify.train(segmenter, (*views[seed], y), Path(out), resume=False)
+        rectify.train(segmenter, (*views[seed], y), len(y), Path(out), resume=False)
     results, _ = rectify.evaluate(lambda images: rectify.predict(segmenter, images), val, segmenter.names)
     quality = rectify.judge(rectify.hypotheses(segmenter, val), rectify.classes_present(val, len(segmenter.names)))
     return results[cfg.method]["mIoU"], results["maskclip"]["mIoU"], quality["precision"], quality["recall"]

@@ -93,22 +93,14 @@ def authors_steps(segmenter, optimizer, crops, y):
     for image, classes in zip(crops, y):
         with torch.no_grad():
             f = segmenter.features(image[None])                                         # 1 D h w
-        M = rectify.gumbel_mask(segmenter.rectified(f, segmenter.reference()), 1000)
+        V = segmenter.rectifier.V.expand(len(segmenter.names), -1, -1)                  # every class's whole prompt: C L d
+        R = rectify.set_norm(rectify.reference_features(segmenter.clip, V, segmenter.tokens), "frobenius")
+        M = rectify.gumbel_mask(segmenter.rectified(f, R), 1000)
         valid = torch.ones_like(M[:, 0], dtype=torch.bool)
         loss = rectify.contrastive_loss(M, f, segmenter.T, classes[None], segmenter.scale, valid, "grid")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-
-
-def student_step(student, teacher, optimizer, batch, recipe, cfg):
-    """A step of distill.train, where the teacher sees each crop."""
-    found = distill.losses(student, *distill.lesson(teacher, batch, recipe, student.T.device))
-    loss = cfg.mask_weight * found["mask"] + cfg.feature_weight * found["feature"] + cfg.text_weight * found["text"]
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(student.parameters(), distill.LONGEST)
-    optimizer.step()
 
 
 def row(what, value, unit, how="measured"):
@@ -127,7 +119,7 @@ def growth(segmenter, sizes, folder):
                 with mock.patch.object(rectify, "kept_text_features", lambda *_: T), quiet():
                     grown = rectify.Segmenter(segmenter.cfg, [f"thing {k}" for k in range(value)], segmenter.device)
             data, views = make_features(grown, size["images"], size["side"]), noise(4, 3, size["side"], size["side"])
-            tasks["cached epoch", value] = functools.partial(rectify.train, grown, data, folder, resume=False)
+            tasks["cached epoch", value] = functools.partial(rectify.train, grown, data, len(data[2]), folder, resume=False)
             if axis == "side":
                 tasks["dense CLIP", value] = functools.partial(torch.no_grad()(segmenter.features), views)
         t = medians(tasks, sizes["repeats"])
@@ -167,6 +159,7 @@ def bench(sizes, device, folder):
     descent = torch.optim.SGD(student.parameters(), lessons.lr, momentum=0.9, weight_decay=5e-4)
     pictures = distill.Pictures(samples, recipe["size"], None, len(segmenter.names), False)
     batch = [pictures[k % N] for k in range(lessons.batch)]
+    weights = {"mask": lessons.mask_weight, "feature": lessons.feature_weight, "text": lessons.text_weight}
     taught = noise(lessons.batch, 3, recipe["crop"], recipe["crop"]).to(device)
 
     def crops():
@@ -179,9 +172,10 @@ def bench(sizes, device, folder):
 
     tasks = {"dense": lambda: torch.no_grad()(rectify.encode_image)(clip, x, "maskclip"),
              "open_clip": lambda: torch.no_grad()(clip.encode_image)(x, normalize=True),
-             "cached": lambda: rectify.train(segmenter, data, folder, resume=False), "anew": anew,
+             "cached": lambda: rectify.train(segmenter, data, N, folder, resume=False), "anew": anew,
              "authors": lambda: authors_steps(other, sgd, crops(), data[2]),
-             "student": lambda: student_step(student, teacher, descent, batch, recipe, lessons), "teacher": lambda: teacher(taught)}
+             "student": lambda: distill.step(student, descent, *distill.lesson(teacher, batch, recipe, device), weights),
+             "teacher": lambda: teacher(taught)}
     if gpu:
         square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
         tasks["peak"] = lambda: square @ square

@@ -1,0 +1,57 @@
+"""Several processes under torchrun are one run: the same weights as a single process, one voice, one set of files."""
+import json
+import os
+import subprocess
+import sys
+
+import rectify
+import torch
+
+WITHOUT_NOISE = f"""
+import sys
+sys.path.insert(0, {str(rectify.HERE)!r})
+import rectify, torch
+
+def hard(logits, alpha):
+    soft = (alpha * logits).softmax(1)
+    return torch.zeros_like(soft).scatter(1, soft.argmax(1, keepdim=True), 1) - soft.detach() + soft
+
+rectify.gumbel_mask = hard
+rectify.run(rectify.main)
+"""
+
+
+def start(script, *args, processes=1):
+    """Run a script in so many processes, one thread each; what it printed."""
+    many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    done = subprocess.run([sys.executable, *many, str(script), *map(str, args)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_learn_what_one_learns(mini, tmp_path):
+    """ReCLIP without Gumbel's noise, with a batch of 3 (unequal shares, sometimes none): the weights are those of one process."""
+    script, weights, losses = tmp_path / "go.py", [], []
+    script.write_text(WITHOUT_NOISE)
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        printed = start(script, "--data", mini, "--names", mini / "names.txt", "--method", "reclip", "--optimizer", "sgd",
+                        "--lr", 0.01, "--lr-conv", 0.01, "--epochs", 3, "--views", 2, "--batch", 3, "--out", out, processes=processes)
+        assert printed.count("mIoU") == 1 and ("2 processes" in printed) == (processes == 2)
+        weights.append(torch.load(out / "rectify.pt", weights_only=True)["rectifier"])
+        losses.append([json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()])
+    assert len(losses[0]) == 3 and torch.allclose(*map(torch.tensor, losses), rtol=1e-4)
+    for name, w in weights[0].items():
+        assert torch.allclose(w.float(), weights[1][name].float(), rtol=1e-3, atol=1e-5), name
+
+
+def test_two_processes_teach_one_student(taught, tmp_path):
+    """distill.py under torchrun: one student, whose logged losses fall, and which is measured once."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "rectify.pt").write_bytes((taught / "rectify.pt").read_bytes())
+    printed = start(rectify.HERE / "distill.py", "--out", out, "--epochs", 6, processes=2)
+    log = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert printed.count("mIoU") == 1 and len(log) == 6 and log[-1] < log[0]
+    assert torch.load(out / "student.pt", weights_only=True)["mIoU"] > 0 and not (out / "distill.partial.pt").exists()
