@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 
 import rectify
 from rectify import (HERE, RANK, VOID, WORLD, Segmenter, UserError, command_line, contrastive_loss, dataset_folder, denoise,
-                     evaluate, figure4, first_alone, fit, hypothesise, in_step, list_samples, load_checkpoint, load_image,
+                     evaluate, figure4, figure5, first_alone, fit, hypothesise, in_step, list_samples, load_checkpoint, load_image,
                      load_label, newest, option, predict, print_table, refuse_other_run, run, save, similarity, tqdm, versions,
                      write_text)
 
@@ -486,7 +486,7 @@ def predict_student(student, images, size, tta=False):
 def measure(student, segmenter, cfg, val):
     """The validation pictures through CLIP, its rectification, MaskCLIP+ where that was run before, and the student.
 
-    Returns (rectify.evaluate's results, the function that makes the masks).
+    Returns (rectify.evaluate's results, its objects, the function that makes the masks).
     """
     size, students = recipe_of(segmenter)["size"], {}
     plus = Path(cfg.out) / "maskclip/student.pt"
@@ -500,7 +500,7 @@ def measure(student, segmenter, cfg, val):
     students["student"] = student
     masks = lambda images: predict(segmenter, images) | {name: predict_student(net, images, size, cfg.tta)
                                                          for name, net in students.items()}
-    return evaluate(masks, val, segmenter.names)[0], masks
+    return *evaluate(masks, val, segmenter.names), masks
 
 
 # ============================================================================================================= 8 main
@@ -562,15 +562,16 @@ def main(argv=None):
     if not val:
         print(f"no labelled validation images in {folder}: nothing to measure. Wrote {out}/student.pt")
         return
-    results, predictions = measure(student, segmenter, cfg, val)
+    results, found, predictions = measure(student, segmenter, cfg, val)
     seconds["evaluation"] = round(time.time() - started - seconds["training"], 1)
     if state["mIoU"] is None and not cfg.tta:
         save(finished or out / "student.pt", {**state, "mIoU": results["student"]["mIoU"]})
     report = {"results": results, "config": asdict(cfg), "versions": versions(), "seconds": seconds}
     write_text(out / "distill.json", json.dumps(report, indent=1))
     figure4(predictions, val, names, out / "figure4.png")
+    figure5(predictions, found["maskclip"], names, out / "figure5.png")
     print_table(results, names)
-    print(f"{time.time() - started:.0f} s in all. Wrote {out}/: distill.json, figure4.png"
+    print(f"{time.time() - started:.0f} s in all. Wrote {out}/: distill.json, figure4.png, figure5.png"
           + ("" if finished else ", student.pt, log.jsonl"))
 
 

@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 VOID = 255
 LARGEST = 2048                  # px: a longer picture is segmented at this size, so that memory is bounded (20 classes: 0.4 GB)
+CHECKED = 400                   # pictures, evenly spread over the list, that a new file is compared with PyTorch on
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
@@ -36,16 +37,16 @@ class BadInput(Exception):
 # ===================================================================================================== 1 run a file
 
 # cuDNN: HEURISTIC chooses an algorithm at once; the default measures all of them, anew for every new shape of input.
-CUDA = ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "1", "use_tf32": "1"})
-PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": [CUDA, "CPUExecutionProvider"],
-             "tensorrt": ["TensorrtExecutionProvider", CUDA, "CPUExecutionProvider"]}
+CUDA = {"cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "1", "use_tf32": "1"}
+PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+             "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]}
 
 
-def open_model(path, provider="cpu"):
+def open_model(path, provider="cpu", graph=False):
     """An ONNX Runtime session on a file of ours, on "cpu", "cuda", "tensorrt", or "auto": CUDA where there is a GPU.
 
-    ONNX Runtime falls back to the CPU without an exception: here that is a warning, and an error where the provider was named.
-    Raises BadInput.
+    graph: record the work as a CUDA graph at the first call; such a session wants `bound`. ONNX Runtime falls back to the CPU
+    without an exception: here that is a warning, and an error where the provider was named. Raises BadInput.
     """
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file; write it with `python export.py`")
@@ -56,7 +57,9 @@ def open_model(path, provider="cpu"):
     options.log_severity_level = 3                      # what goes wrong is said below, once
     if wanted != "cpu" and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()                      # CUDA's own libraries, where pip has put them
-    available = [p for p in PROVIDERS[wanted] if (p if isinstance(p, str) else p[0]) in onnxruntime.get_available_providers()]
+    cuda = CUDA | ({"enable_cuda_graph": "1"} if graph else {})
+    available = [(name, cuda if name == "CUDAExecutionProvider" else {}) for name in PROVIDERS[wanted]
+                 if name in onnxruntime.get_available_providers()]
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=available)
     except Exception as error:                          # ONNX Runtime has an error class for each of its states
@@ -72,6 +75,26 @@ def open_model(path, provider="cpu"):
             raise BadInput(f"--provider {provider}: {problem}")
         print(f"WARNING: {problem}", file=sys.stderr)
     return session
+
+
+def bound(session, x):
+    """A function that segments pictures of one shape, uint8 B×H×W×3, in buffers kept on the session's device.
+
+    No buffer is allocated for a call, and their addresses stay, as a CUDA graph needs. x: an example.
+    """
+    device = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+    image = onnxruntime.OrtValue.ortvalue_from_numpy(x, device)
+    mask = onnxruntime.OrtValue.ortvalue_from_shape_and_type(x.shape[:3], np.uint8, device)
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("image", image)
+    binding.bind_ortvalue_output("mask", mask)
+
+    def call(pictures):
+        image.update_inplace(pictures)
+        session.run_with_iobinding(binding)
+        return mask.numpy()
+
+    return call
 
 
 def read_picture(path):
@@ -160,6 +183,23 @@ def run_file(args):
 
 # ======================================================================================================= 2 the graph
 
+def spread(samples, count):
+    """At most `count` of the samples, evenly spread over the list."""
+    return samples[::-(-len(samples) // count)]
+
+
+def square(samples, size):
+    """The side in px, a multiple of 8, of the square that has as many pixels as a training picture at the student's own size.
+
+    size: (long, short), the sides in px that the student's pictures may have.
+    """
+    areas = []
+    for sample in spread(samples, CHECKED):
+        short, long = sorted(read_picture(sample.image).size)
+        areas.append(short * long * min(size[0] / long, size[1] / short) ** 2)
+    return -(-round(np.mean(areas) ** 0.5) // 8) * 8
+
+
 def make_product(student, inner, probabilities=False):
     """The student as what is deployed, one module: uint8 pictures B×H×W×3 (RGB) to uint8 masks B×H×W.
 
@@ -174,7 +214,7 @@ def make_product(student, inner, probabilities=False):
     class Product(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.student = student
+            self.student, self.outputs = student, ["mask", "probabilities"] if probabilities else ["mask"]
 
         def forward(self, image):
             x = image.permute(0, 3, 1, 2).float() / 255                                 # B 3 H W
@@ -189,22 +229,27 @@ def make_product(student, inner, probabilities=False):
 
 # ======================================================================================================= 3 the files
 
+def describe(model, path, meta):
+    """Save a model (a proto, or the path of one) with its metadata {key: str}, after ONNX's own check of it."""
+    import onnx
+
+    model = onnx.load(model) if isinstance(model, Path) else model
+    onnx.helper.set_model_props(model, meta)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
 def write_onnx(product, path, meta):
     """Trace a product and write it as one file; batch, height and width stay free. meta: {key: str}."""
-    import onnx
     import torch
 
     example = torch.zeros(2, 101, 87, 3, dtype=torch.uint8)                             # sizes that nobody could mistake
     free = torch.export.Dim.DYNAMIC
-    names = ["mask", "probabilities"] if isinstance(product(example), tuple) else ["mask"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                 # the exporter warns of its own internals
         program = torch.onnx.export(product, (example,), dynamo=True, verbose=False, dynamic_shapes=({0: free, 1: free, 2: free},),
-                                    input_names=["image"], output_names=names, external_data=False)
-    model = program.model_proto
-    onnx.helper.set_model_props(model, meta)
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
+                                    input_names=["image"], output_names=product.outputs, external_data=False)
+    describe(program.model_proto, path, meta)
 
 
 def write_int8(source, path, samples, meta):
@@ -212,7 +257,6 @@ def write_int8(source, path, samples, meta):
 
     Weights keep 7 bits (reduce_range): processors without VNNI add two products in 16 bits, which 8 bits overflow.
     """
-    import onnx
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -230,10 +274,7 @@ def write_int8(source, path, samples, meta):
         quantize_static(str(prepared), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, reduce_range=True,
                         op_types_to_quantize=["Conv", "Add", "MaxPool"], calibrate_method=CalibrationMethod.MinMax)
-    model = onnx.load(path)
-    onnx.helper.set_model_props(model, meta)
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
+    describe(path, path, meta)
 
 
 # =========================================================================================================== 4 check
@@ -276,10 +317,10 @@ def check(product, sessions, train, val, names):
         return compare(images)
 
     if val:
-        results, _ = evaluate(predict, val, names)
+        results, _ = evaluate(predict, spread(val, CHECKED), names)
     else:
         results = {}
-        for _, images, _ in batches_of_one_size(train[:200], 16):
+        for _, images, _ in batches_of_one_size(spread(train, CHECKED), 16):
             predict(images)
     for name, f in found.items():
         f["agreement"] = 1 - f.pop("different") / f.pop("pixels")
@@ -327,7 +368,10 @@ def interleaved(calls, seconds=15.0, least=3):
 
 
 def candidates(product, files, network, x, device):
-    """The calls to compare on one device, each from uint8 pictures B×H×W×3 in memory to masks in memory: {name: call}."""
+    """The calls to compare on one device, each from uint8 pictures B×H×W×3 in memory to masks in memory: {name: call}.
+
+    On a GPU each file runs twice: as --run does it, and with buffers of its own and its work recorded as a CUDA graph.
+    """
     import torch
 
     image, model = torch.from_numpy(x), copy.deepcopy(product).to(device)
@@ -338,15 +382,17 @@ def candidates(product, files, network, x, device):
             return compiled(image.to(device)).cpu()
 
     calls = {"PyTorch eager fp32": lambda: model(image.to(device)).cpu(), "PyTorch compiled bf16": bf16}
-    for provider in ("cpu",) if device == "cpu" else ("cuda", "tensorrt"):
+    ways = [("ONNX Runtime", "cpu", False)] if device == "cpu" else [
+        ("ONNX Runtime", "cuda", False), ("CUDA graph", "cuda", True), ("TensorRT", "tensorrt", False)]
+    for title, provider, graph in ways:
         for name, path in files.items():
             try:
-                session = open_model(path, provider)
+                session = open_model(path, provider, graph)
             except BadInput as error:
                 print(f"left out: {error}")
                 continue
-            title = "ONNX Runtime" if provider != "tensorrt" else "TensorRT"
-            calls[f"{title} {name}"] = lambda session=session: session.run(["mask"], {"image": x})
+            call = bound(session, x) if graph else lambda pictures, session=session: session.run(["mask"], {"image": pictures})
+            calls[f"{title} {name}"] = lambda call=call: call(x)
     if device == "cpu":
         alone = onnxruntime.InferenceSession(str(network), open_model(files["fp32"]).get_session_options())
         inner = np.zeros((len(x), 3, *alone.get_inputs()[0].shape[2:]), np.float32)
@@ -431,13 +477,13 @@ def export(args):
     print(f"exporting {path}")
     student, state = load_student(path)
     names, out = state["names"], path.parent
-    inner = args.inner or -(-state["size"][1] // 8) * 8
-    if inner < 32:
-        raise BadInput(f"--inner {inner}: the side in px of what the network sees, from 32 on")
     folder = dataset_folder(Config(**state["rectify"]))
     train, val = list_samples(folder, "train"), [s for s in list_samples(folder, "val") if s.label]
+    inner = args.inner or square(train, state["size"])
+    if inner < 32:
+        raise BadInput(f"--inner {inner}: the side in px of what the network sees, from 32 on")
     meta = {"names": json.dumps(names), "palette": json.dumps([colour(c) for c in range(len(names))]), "ignore_index": str(VOID),
-            "inner": str(inner), "mIoU": json.dumps(state["mIoU"]), "mask": "uint8, an index into names"}
+            "inner": str(inner), "mask": "uint8, an index into names"}
     halved = copy.deepcopy(student)
     halved.backbone.half()
     halved.aspp.half()                                  # the classifier stays in fp32: a half's squares overflow
@@ -448,10 +494,13 @@ def export(args):
         write_onnx(make_product(halved, inner, probabilities), new["student.fp16.onnx"], meta)
         if args.int8:
             new["student.int8.onnx"] = Path(place) / "student.int8.onnx"
-            write_int8(new["student.onnx"], new["student.int8.onnx"], train[:128], meta)
+            write_int8(new["student.onnx"], new["student.int8.onnx"], spread(train, 128), meta)
         sessions = {name: open_model(p) for name, p in new.items()}
         found, results = check(make_product(student, inner, True), sessions, train, val, names)
         for name, temporary in new.items():
+            if val:
+                measured = {"mIoU": str(results[name]["mIoU"]), "measured_on": f"{len(spread(val, CHECKED))} validation pictures"}
+                describe(temporary, temporary, meta | measured)
             temporary.replace(out / name)
     if not args.int8:
         (out / "student.int8.onnx").unlink(missing_ok=True)             # of an earlier student
@@ -471,7 +520,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="", help="export runs/<dataset>/student.pt (default: the newest)")
     parser.add_argument("--out", default="", help="folder of the student.pt to export; the files are written there too")
-    parser.add_argument("--inner", type=int, default=0, help="px of the square that the network sees (default: training's short side)")
+    parser.add_argument("--inner", type=int, default=0, help="px of the square that the network sees (default: as many pixels as a picture in training)")
     parser.add_argument("--output", default="mask", choices=["mask", "probs"], help="probs: probabilities too")
     parser.add_argument("--int8", action="store_true", help="write student.int8.onnx too")
     parser.add_argument("--bench", action="store_true", help="time every way to run the student")

@@ -1096,23 +1096,24 @@ def iou(matrix):
 
 
 def objects(label, prediction):
-    """(distance in px of its centroid from the picture's centre, IoU in percent) of each object in one H×W mask.
+    """(distance in px of its centroid from the picture's centre, IoU in percent, class) of each object in one H×W mask.
 
-    An object is what the picture holds of a class (VOC's layout tells classes, not instances). For Fig. 1(a).
+    An object is what the picture holds of a class (VOC's layout tells classes, not instances). For Fig. 1(a) and 5.
     """
     centre = torch.tensor([(n - 1) / 2 for n in label.shape])
     known, found = label != VOID, []
     for c in label[known].unique():
         truth, guess = label == c, (prediction == c) & known
         distance = (truth.nonzero().float().mean(0).cpu() - centre).norm()
-        found.append((distance.item(), 100 * ((truth & guess).sum() / (truth | guess).sum()).item()))
+        found.append((distance.item(), 100 * ((truth & guess).sum() / (truth | guess).sum()).item(), c.item()))
     return found
 
 
 def evaluate(predict, samples, names):
     """Measure masks against ground truth, streamed. predict: uint8 B×3×H×W -> {method: B×H×W}.
 
-    Returns ({method: {"mIoU": percent, "IoU": {name: percent}}}, {method: objects}); a class that never occurs has IoU None.
+    Returns ({method: {"mIoU": percent, "IoU": {name: percent}}}, {method: what `objects` says, and the Sample});
+    a class that never occurs has IoU None.
     """
     C, matrices, found = len(names), {}, {}
     bar = tqdm(total=len(samples), desc="evaluating", unit="img", leave=False)
@@ -1120,8 +1121,8 @@ def evaluate(predict, samples, names):
         for method, masks in predict(images).items():
             labels = labels.to(masks.device)
             matrices[method] = matrices.get(method, 0) + confusion(labels, masks, C)
-            for label, mask in zip(labels, masks):
-                found.setdefault(method, []).extend(objects(label, mask))
+            for sample, label, mask in zip(batch, labels, masks):
+                found.setdefault(method, []).extend((*thing, sample) for thing in objects(label, mask))
         bar.update(len(batch))
     bar.close()
     if not any(found.values()):
@@ -1213,24 +1214,53 @@ def contact_sheet(rows, names, classes, cell=150):
 TITLES = {"maskclip": "MaskCLIP", "reclip": "ReCLIP", "reclip++": "ReCLIP++", "maskclip+": "MaskCLIP+", "student": "DeepLabV2"}
 
 
-def figure4(predict, samples, names, path):
-    """Rows image / ground truth / a row each method of `predict`, of eight images spread evenly over the list.
+def frame(picture, box):
+    """Draw a dashed blue box (left, top, right, bottom) into a picture."""
+    draw, (left, top, right, bottom) = ImageDraw.Draw(picture), box
+    wide, dash = max(1, picture.height // 60), max(3, picture.height // 20)
+    draw.rectangle(box, outline=PAPER, width=wide)
+    for x in range(left, right, 2 * dash):
+        for y in (top, bottom - wide + 1):
+            draw.rectangle([x, y, min(x + dash, right), y + wide - 1], fill=(0, 60, 255))
+    for y in range(top, bottom, 2 * dash):
+        for x in (left, right - wide + 1):
+            draw.rectangle([x, y, x + wide - 1, min(y + dash, bottom)], fill=(0, 60, 255))
 
-    Where ground truth says background or void nothing is scored, and the predictions are shown pale.
+
+def gallery(predict, samples, names, path, classes=None):
+    """Rows image / ground truth / a row each method of `predict`, a column a sample. For Fig. 4 and 5.
+
+    Where ground truth says background or void nothing is scored, and the predictions are shown pale. classes: the class of
+    each sample around whose pixels a box is drawn.
     """
-    chosen = samples[::max(1, len(samples) // 8)][:8]
     rows, seen = {"image": [], "ground truth": []}, set()
-    for sample in chosen:
+    for k, sample in enumerate(samples):
         image = load_image(sample.image)
         label = load_label(sample.label, image.shape[1:], len(names))
-        rows["image"].append(Image.fromarray(image.permute(1, 2, 0).numpy()))
-        rows["ground truth"].append(paint(label))
-        shown = [label]
-        for method, mask in predict(image[None]).items():
-            rows.setdefault(method, []).append(paint(mask[0].cpu(), faint=label == VOID))
-            shown.append(mask[0].cpu()[label != VOID])
-        seen.update(torch.cat([s.flatten() for s in shown]).tolist())
+        masks = {method: mask[0].cpu() for method, mask in predict(image[None]).items()}
+        cells = {"image": Image.fromarray(image.permute(1, 2, 0).numpy()), "ground truth": paint(label),
+                 **{method: paint(mask, faint=label == VOID) for method, mask in masks.items()}}
+        for row, cell in cells.items():
+            if classes:
+                y, x = (label == classes[k]).nonzero().T
+                frame(cell, (x.min().item(), y.min().item(), x.max().item(), y.max().item()))
+            rows.setdefault(row, []).append(cell)
+        seen.update(label.unique().tolist(), *(mask[label != VOID].unique().tolist() for mask in masks.values()))
     contact_sheet([(TITLES.get(k, k), v) for k, v in rows.items()], names, sorted(seen - {VOID})).save(path)
+
+
+def figure4(predict, samples, names, path):
+    """Fig. 4: eight images spread evenly over the list."""
+    gallery(predict, samples[::max(1, len(samples) // 8)][:8], names, path)
+
+
+def figure5(predict, found, names, path):
+    """Fig. 5: the eight objects farthest from the centre of their pictures, in a box, each in another picture."""
+    farthest = {}
+    for _, _, c, sample in sorted(found, key=lambda thing: -thing[0]):
+        farthest.setdefault(sample.image, (sample, c))
+    samples, classes = zip(*list(farthest.values())[:8])
+    gallery(predict, samples, names, path, classes)
 
 
 def figure1a(found, ring, path):
@@ -1238,9 +1268,10 @@ def figure1a(found, ring, path):
     big, small, W, H = ImageFont.load_default(24), ImageFont.load_default(19), 900, 560
     page = Image.new("RGB", (W, H), PAPER)
     draw = ImageDraw.Draw(page)
-    ring *= max(1, int(np.ceil(max(d for d, _ in found["maskclip"]) / ring / 8)))       # eight rings at most
-    rings = sorted({int(d // ring) for d, _ in found["maskclip"]})
-    means = {m: [np.mean([v for d, v in pairs if d // ring == k]) for k in rings] for m, pairs in found.items()}
+    distances = [d for d, *_ in found["maskclip"]]
+    ring *= max(1, int(np.ceil(max(distances) / ring / 8)))                             # eight rings at most
+    rings = sorted({int(d // ring) for d in distances})
+    means = {m: [np.mean([v for d, v, *_ in things if d // ring == k]) for k in rings] for m, things in found.items()}
     top = max(10, 10 * np.ceil(max(max(v) for v in means.values()) / 10))
     spot = lambda k, v: (110 + (W - 160) * (k + 0.5) / len(rings), H - 130 - (H - 200) * v / top)
     for v in np.arange(0, top + 1, 10 if top <= 60 else 20):
@@ -1249,7 +1280,7 @@ def figure1a(found, ring, path):
         draw.text((90, y), f"{v:.0f}", fill=INK, font=small, anchor="rm")
     for k, r in enumerate(rings):
         draw.text((spot(k, 0)[0], H - 118), f"{ring * r}-{ring * (r + 1)}", fill=INK, font=small, anchor="ma")
-        draw.text((spot(k, 0)[0], H - 92), f"n={sum(d // ring == r for d, _ in found['maskclip'])}",
+        draw.text((spot(k, 0)[0], H - 92), f"n={sum(d // ring == r for d in distances)}",
                   fill=(120, 120, 120), font=small, anchor="ma")
     draw.text((W / 2, H - 36), "distance of the object from the picture's centre, px", fill=INK, font=big, anchor="mm")
     draw.text((24, 22), "IoU of objects, %", fill=INK, font=big)
@@ -1364,7 +1395,7 @@ def main(argv=None):
               f"{len(names)} classes, {device}" + f", {WORLD} processes" * (WORLD > 1))
         segmenter = Segmenter(cfg, names, device)
         out.mkdir(parents=True, exist_ok=True)
-    seconds, written = {}, ["rectify.json", "figure1a.png", "figure4.png"]
+    seconds, written = {}, ["rectify.json", "figure1a.png", "figure4.png", "figure5.png"]
 
     if cfg.eval:
         segmenter.restore(state)
@@ -1399,6 +1430,7 @@ def main(argv=None):
     write_text(out / "rectify.json", json.dumps(report, indent=1))
     figure1a(found, recipe_of(cfg)["ring"], out / "figure1a.png")
     figure4(masks, val, names, out / "figure4.png")
+    figure5(masks, found["maskclip"], names, out / "figure5.png")
     print_table(results, names)
     print("hypothesis on val: precision {precision:.3f}, recall {recall:.3f}, {classes_per_image:.2f} classes an image"
           .format(**hypothesis))

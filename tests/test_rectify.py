@@ -479,7 +479,8 @@ def test_checkpoint_is_plain(trained, method):
     state = torch.load(out / "rectify.pt", weights_only=True)
     assert state["names"] == rectify.VOC_NAMES and state["clip"] is None
     assert {f.name for f in fields(Config)} <= state["config"].keys() and state["config"]["norm"] in ("frobenius", "rows")
-    assert {p.name for p in out.iterdir()} == {"rectify.pt", "rectify.json", "log.jsonl", "figure1a.png", "figure4.png"}
+    assert {p.name for p in out.iterdir()} == {"rectify.pt", "rectify.json", "log.jsonl", "figure1a.png", "figure4.png",
+                                                 "figure5.png"}
 
 
 def test_the_real_command_line(emoji, tmp_path):
@@ -500,7 +501,7 @@ def test_the_real_command_line(emoji, tmp_path):
     row = re.search(r"^mIoU +([\d.]+) +([\d.]+) +([-+][\d.]+)$", printed, re.M)
     values = [r["mIoU"] for r in report["results"].values()]
     assert [float(v) for v in row.groups()] == pytest.approx([*values, values[1] - values[0]], abs=0.051)
-    for figure in ("figure1a.png", "figure4.png"):
+    for figure in ("figure1a.png", "figure4.png", "figure5.png"):
         with Image.open(tmp_path / figure) as image:
             assert image.format == "PNG" and min(image.size) > 300 and len(image.convert("RGB").getcolors(2 ** 20)) > 5
 
@@ -587,12 +588,12 @@ def test_features_lie_where_they_fit_and_nothing_changes(mini, trained, tmp_path
 
     What a kill left of such a file is in nobody's way.
     """
-    (tmp_path / "features.tmp").write_bytes(b"left by a kill")
+    (tmp_path / "features.0.tmp").write_bytes(b"left by a kill")
     monkeypatch.setattr(rectify, "free_memory", lambda device: {"RAM": 1e9, "a file": 1e3}[place])
     printed = run(*own(mini, tmp_path, "--method", "reclip"))
     assert re.search(rf"^features: [\d.e-]+ GB in {place}", printed, re.M)
     assert same(weights(tmp_path), weights(trained["reclip"].out))
-    assert place == "RAM" or not (tmp_path / "features.tmp").exists()
+    assert place == "RAM" or not (tmp_path / "features.0.tmp").exists()
 
 
 def test_features_that_fit_nowhere_are_refused(mini, tmp_path, monkeypatch):
@@ -693,14 +694,14 @@ def test_voc_labels(tmp_path):
 
 
 def test_objects_know_their_distance_from_the_centre():
-    """Centroid to the picture's centre in px, and IoU in percent, a pair for each class of the mask; void is no object."""
+    """Centroid to the picture's centre in px, and IoU in percent, and the class, for each class of the mask; void is no object."""
     label = torch.full((5, 7), VOID, dtype=torch.uint8)
     label[2, 3], label[0, 0:2], label[4, 6] = 3, 1, 0                               # centre; top left; bottom right
     prediction = torch.zeros(5, 7, dtype=torch.long)
     prediction[2, 3], prediction[0, 0] = 3, 1
     found = rectify.objects(label, prediction)
-    assert found == [pytest.approx((math.hypot(2, 3), 100 / 2)),          # class 0: its pixel, and one of class 1's
-                     pytest.approx((math.hypot(2, 2.5), 100 / 2)), pytest.approx((0, 100))]
+    assert found == [pytest.approx((math.hypot(2, 3), 100 / 2, 0)),          # class 0: its pixel, and one of class 1's
+                     pytest.approx((math.hypot(2, 2.5), 100 / 2, 1)), pytest.approx((0, 100, 3))]
 
 
 def test_batches_hold_one_size_and_every_sample_once(mini):
@@ -981,7 +982,7 @@ def test_bad_input_is_named_in_one_line(small, tmp_path, what):
     with pytest.raises(UserError, match=message) as error:
         run(*own(small, out, "--epochs", 1, *more))
     assert "\n" not in str(error.value)
-    assert not {"rectify.pt", "rectify.json", "figure1a.png", "figure4.png"} & {p.name for p in out.glob("*")}
+    assert not {"rectify.pt", "rectify.json", "figure1a.png", "figure4.png", "figure5.png"} & {p.name for p in out.glob("*")}
     assert not list(out.glob("*.tmp"))
 
 
