@@ -500,24 +500,42 @@ def _stack(group):
 # =========================================================================================================== 3 CLIP
 
 def load_clip(cfg, device):
-    """open_clip's model, frozen and in eval mode, with its tokenizer. Raises UserError where it cannot be had."""
+    """open_clip's model, frozen and in eval mode, with its tokenizer.
+
+    Raises UserError where it cannot be had, and before anything is fetched where its towers are not CLIP's own.
+    """
     import open_clip                                    # here, not at the top: a student is run without it
     if cfg.clip.startswith("ViT") and cfg.pretrained == "openai" and "quickgelu" not in cfg.clip:
         print(f"warning: the openai weights were trained with QuickGELU, {cfg.clip} computes GELU; "
               f"you may want {cfg.clip}-quickgelu")
     scheme, _, folder = cfg.clip.rpartition(":")
-    name = f"{scheme}:{HERE / folder}" if scheme == "local-dir" and not Path(folder).is_dir() else cfg.clip
+    name = cfg.clip if scheme else cfg.clip.replace("/", "-")                           # ViT-B/16, as papers write it
+    if scheme == "local-dir" and not Path(folder).is_dir():
+        name = f"{scheme}:{HERE / folder}"
     logging.disable(logging.WARNING)                    # open_clip tells every step of its loading
     try:
-        clip = open_clip.create_model(name, pretrained=cfg.pretrained or None, device=device)
+        check_towers(open_clip.get_model_config(name) or {})                            # {}: an unknown name
+        clip = open_clip.create_model(name, cfg.pretrained or None, device=device, require_pretrained=bool(scheme))
         tokenizer = open_clip.get_tokenizer(name)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot load CLIP {cfg.clip} {cfg.pretrained}: {str(error).splitlines()[0]}")
+    except Exception as error:                          # open_clip, torch and safetensors have no error class in common
+        raise UserError(f"cannot load CLIP {cfg.clip} {cfg.pretrained}: {(str(error) or repr(error)).splitlines()[0]}")
     finally:
         logging.disable(logging.NOTSET)
-    if not isinstance(clip.visual, open_clip.transformer.VisionTransformer) or clip.visual.attn_pool is not None:
-        raise UserError(f"{cfg.clip}: its image tower is not open_clip's own ViT with a class token; take a ViT-*")
     return clip.eval().requires_grad_(False), tokenizer
+
+
+def check_towers(config):
+    """Raise ValueError where open_clip's configuration of a CLIP has towers that this section does not compute."""
+    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
+    vit = isinstance(vision.get("layers", 12), int) and not any(vision.get(key) for key in (
+        "timm_model_name", "attentional_pool", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn",
+        "scale_fc"))
+    clips = (text.get("pool_type", "argmax"), text.get("vocab_size", 49408)) == ("argmax", 49408) and not any(
+        text.get(key) for key in ("hf_model_name", "hf_tokenizer_name", "no_causal_mask", "embed_cls", "proj_bias"))
+    for right, wrong in [(vit, "image tower is not open_clip's own ViT with a class token"),
+                         (clips, "text tower is not CLIP's own, with CLIP's tokens, a causal mask and the feature at EOT")]:
+        if not right:
+            raise ValueError(f"its {wrong}; take a CLIP like ViT-B-16-quickgelu")
 
 
 def normalise(clip, images):
@@ -555,11 +573,11 @@ def last_block(block, x, grid, features):
             near = torch.exp(-torch.cdist(yx, yx).square() / (2 * 5 ** 2))                          # std 5 patches
             A = (k @ k.mT * scale + F.pad(near, (1, 0, 1, 0))).softmax(-1)
         v = (A @ v).transpose(1, 2).flatten(2)                                                     # B N d
-    v = attn.out_proj(v)
+    v = block.ls_1(attn.out_proj(v))                    # ls: LayerScale, the identity in most CLIPs
     if features in ("clearclip", "naclip"):
         return v
     v = v + x
-    return v + block.mlp(block.ln_2(v))
+    return v + block.ls_2(block.mlp(block.ln_2(v)))
 
 
 def encode_image(clip, x, features):
