@@ -232,7 +232,7 @@ VOID = 255
 
 @dataclass
 class Sample:
-    """One picture: its name in the list, its file, and its label's file (None where there are no labels)."""
+    """One picture: its name (its path in the list or folder, no suffix), its file, and its label's (None where there is none)."""
     name: str
     image: Path
     label: Path | None
@@ -437,7 +437,7 @@ def list_samples(folder, split):
         images, index = sorted(p for p in pictures.rglob("*") if p.suffix.lower() in SUFFIXES), pictures
         if not images:
             raise UserError(f"{pictures}: holds no images ({' '.join(sorted(SUFFIXES))})")
-        names = [p.stem for p in images]
+        names = [p.relative_to(pictures).with_suffix("").as_posix() for p in images]    # equal stems may lie in two sub-folders
     labelled = labels is not None and labels.is_dir()
     samples = [Sample(n, p, labels / f"{n}.png" if labelled else None) for n, p in zip(names, images)]
     for path in [p for s in samples for p in (s.image, s.label) if p and not p.is_file()]:
