@@ -156,10 +156,14 @@ class Pictures(Dataset):
 
 
 def check_masks(folder, samples, classes):
-    """Look at every mask of a folder before training: there, readable, of its picture's size, values 1..C, 0 and 255.
+    """Look at every mask of a folder before training: there, one picture's own, readable, of its size, values 1..C, 0 and 255.
 
     Raises UserError for the first that is not as it must be.
     """
+    owner = {}
+    for sample in samples:
+        if owner.setdefault(sample.name, sample.image) != sample.image:
+            raise UserError(f"{sample.image}: has its mask {sample.name}.png in common with {owner[sample.name].name}; rename it")
     missing = [s.name for s in samples if not (folder / f"{s.name}.png").is_file()]
     if missing:
         raise UserError(f"{folder}: {len(missing)} of {len(samples)} training pictures have no mask; the first is {missing[0]}.png")

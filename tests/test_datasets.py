@@ -420,7 +420,8 @@ def test_masks_in_ade20ks_layout_may_be_missing_or_partly_missing(tmp_path):
 def test_a_plain_folder_is_all_train_and_no_val(tmp_path):
     """Whatever its sub-folders are called, as long as there are no annotations beside them."""
     folder = layout(tmp_path, {"images/training/a.jpg": jpg(), "z.png": jpg()})
-    assert [s.name for s in rectify.list_samples(folder, "train")] == ["a", "z"] and not rectify.list_samples(folder, "val")
+    assert [s.name for s in rectify.list_samples(folder, "train")] == ["images/training/a", "z"]
+    assert not rectify.list_samples(folder, "val")
 
 
 # ============================================================================================ the published protocol
