@@ -29,9 +29,9 @@ from torchvision.transforms import v2
 
 import rectify
 from rectify import (HERE, RANK, VOID, WORLD, Segmenter, UserError, command_line, contrastive_loss, dataset_folder, denoise,
-                     evaluate, figure4, figure5, first_alone, fit, hypothesise, in_step, list_samples, load_checkpoint, load_image,
-                     load_label, newest, option, predict, print_table, refuse_other_run, run, save, similarity, tqdm, versions,
-                     write_text)
+                     evaluate, figure4, figure5, first_alone, fit, hypothesise, in_step, list_samples, load_checkpoint,
+                     load_image, load_label, newest, option, predict, print_table, refuse_other_run, run, save, similarity, tqdm,
+                     versions, write_text)
 
 # ================================================================================================== 1 configuration
 
@@ -40,9 +40,9 @@ from rectify import (HERE, RANK, VOID, WORLD, Segmenter, UserError, command_line
 # read mostly padding. width: of the backbone, as a share of its own. weights: what it starts from, timm's "imagenet" or a file
 # (Emoji VOC ships one, trained on 1,249 emoji that it does not show). head: learning rate of ASPP, times lr. targets: the
 # teacher sees each training crop (paper), or each whole picture and its mirror image once, from which crops are then cut:
-# three passes of CLIP in all; the teacher does not see how the crop looks. least: prompt denoising of the teacher. doubt: `ask_once`.
-# stretch: how far the shape of a picture may change in training, since export.py shows the student every picture as a square.
-# floor: no learning rate falls below it.
+# three passes of CLIP in all; the teacher does not see how the crop looks. least: prompt denoising of the teacher.
+# doubt: `ask_once`. stretch: how far the shape of a picture may change in training, since export.py shows the student every
+# picture as a square. floor: no learning rate falls below it.
 PAPER = dict(backbone="resnet50c", width=1.0, weights="imagenet", rates=(6, 12, 18, 24), targets="crop", least=0.5, stretch=1,
              doubt=0, optimizer="sgd", weight_decay=5e-4, lr=0.01, head=10, floor=1e-4)
 RECIPES = {
@@ -59,7 +59,7 @@ TTA_SCALES = (0.75, 1.0, 1.25)
 @dataclass
 class Config:
     dataset: str = option("", "go on with runs/<dataset> (default: the newest run)", list(RECIPES))
-    out: str = option("", "folder of the rectify.pt to go on with; the student goes there too (of another --teacher: in a folder)")
+    out: str = option("", "folder of the rectify.pt to go on with; the student goes there too (another --teacher's in a folder)")
     teacher: str = option("", "reclip, reclip++, maskclip, or a folder of mask PNGs (default: the checkpoint's method)")
     backbone: str = option("", "a timm backbone: resnet50c, resnet101c, resnet18, .. (default by dataset)")
     width: float = option(None, "width of a ResNet, as a share of its own; another than the recipe's starts from scratch")
@@ -166,7 +166,7 @@ def check_masks(folder, samples, classes):
             raise UserError(f"{sample.image}: has its mask {sample.name}.png in common with {owner[sample.name].name}; rename it")
     missing = [s.name for s in samples if not (folder / f"{s.name}.png").is_file()]
     if missing:
-        raise UserError(f"{folder}: {len(missing)} of {len(samples)} training pictures have no mask; the first is {missing[0]}.png")
+        raise UserError(f"{folder}: {len(missing)} of {len(samples)} training pictures have no mask; first {missing[0]}.png")
     for sample in tqdm(samples, "checking masks", unit="img", leave=False):
         load_label(folder / f"{sample.name}.png", load_image(sample.image).shape[1:], classes)
 

@@ -247,13 +247,13 @@ def write_onnx(product, path, meta):
     free = torch.export.Dim.DYNAMIC
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                 # the exporter warns of its own internals
-        program = torch.onnx.export(product, (example,), dynamo=True, verbose=False, dynamic_shapes=({0: free, 1: free, 2: free},),
-                                    input_names=["image"], output_names=product.outputs, external_data=False)
+        program = torch.onnx.export(product, (example,), dynamic_shapes=({0: free, 1: free, 2: free},), input_names=["image"],
+                                    output_names=product.outputs, dynamo=True, external_data=False, verbose=False)
     describe(program.model_proto, path, meta)
 
 
 def write_int8(source, path, samples, meta):
-    """Quantise an fp32 file of ours: QDQ, uint8 activations, int8 weights with a scale a channel, calibrated on training pictures.
+    """Quantise an fp32 file of ours: QDQ, uint8 activations, int8 weights with a scale a channel, calibrated on pictures.
 
     Weights keep 7 bits (reduce_range): processors without VNNI add two products in 16 bits, which 8 bits overflow.
     """
@@ -429,8 +429,8 @@ def bench(student, inner, files, out):
                            "median_ms": round(1000 * median, 3), "pictures_per_s": round(batch / median, 2),
                            "of_peak": peak and round(flop * batch / median / peak, 4)}
                     report.append(row)
-                    print(f"{name + ', ' + (gpu or 'CPU'):<34}{batch:>6}{first:>10.2f} s{1000 * median:>9.2f} ms{batch / median:>12.1f}"
-                          + (f"{row['of_peak']:>13.0%}" if peak else f"{'-':>13}"))
+                    print(f"{name + ', ' + row['device']:<34}{batch:>6}{first:>10.2f} s{1000 * median:>9.2f} ms"
+                          f"{batch / median:>12.1f}" + (f"{row['of_peak']:>13.0%}" if peak else f"{'-':>13}"))
     session = open_model(files["fp32"])
     pictures = [rng.integers(256, size=(1, inner + k, inner - k, 3), dtype=np.uint8) for k in range(8)]
     turn = lambda order: [session.run(["mask"], {"image": picture}) for picture in order]
@@ -520,7 +520,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="", help="export runs/<dataset>/student.pt (default: the newest)")
     parser.add_argument("--out", default="", help="folder of the student.pt to export; the files are written there too")
-    parser.add_argument("--inner", type=int, default=0, help="px of the square that the network sees (default: as many pixels as a picture in training)")
+    parser.add_argument("--inner", type=int, default=0, help="px of the square that the network sees (default: a picture's area)")
     parser.add_argument("--output", default="mask", choices=["mask", "probs"], help="probs: probabilities too")
     parser.add_argument("--int8", action="store_true", help="write student.int8.onnx too")
     parser.add_argument("--bench", action="store_true", help="time every way to run the student")

@@ -177,6 +177,7 @@ def pick_device(cfg):
     if LOCAL >= gpus:
         raise UserError(f"--device {cfg.device}: torch finds {gpus} CUDA devices here, and this is process {LOCAL + 1}")
     torch.cuda.set_device(LOCAL)
+    torch.set_float32_matmul_precision("high")          # TF32: 10 bits of mantissa, as many as the features are kept with
     return torch.device("cuda", LOCAL)
 
 
@@ -873,8 +874,8 @@ def hypothesise(segmenter, images):
     """y: B×C bool, the classes that stock CLIP believes an image to hold; of uint8 pictures B×3×H×W.
 
     threshold: the cosine of the image's feature with T is at least t. softmax (ours): the softmax over the classes of
-    scale · cosine is. Where none passes, the top K. windows (ReCLIP++): a window slides over the image at half its side; y is the union of each
-    window's best class. The picture is CLIP's centre crop for the real datasets, and the whole of it (positional embedding
+    scale · cosine is. Where none passes, the top K. windows (ReCLIP++): a window slides over the image at half its side; y is
+    the union of each window's best class. The picture is CLIP's centre crop for the real datasets, and the whole of it (positional embedding
     resized) in Emoji VOC, where things stand at the edges.
     """
     cfg, recipe, (clip, T) = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.stock

@@ -4,7 +4,7 @@
     python tests/tables.py readings         # what each reading of the method is worth (Emoji VOC's)
     python tests/tables.py table8           # the encoder frozen or trained too
     python tests/tables.py table9           # the threshold t of the hypothesis
-    python tests/tables.py table11          # DeepLabV2, taught by MaskCLIP, ReCLIP, ReCLIP++ and folders of masks (--masks DIR ..)
+    python tests/tables.py table11          # DeepLabV2, taught by MaskCLIP, ReCLIP, ReCLIP++ and folders of masks (--masks)
     python tests/tables.py losses           # DeepLabV2 with some of its three losses, after four epochs, of runs/<dataset>
     python tests/tables.py views            # augmented views computed once, against new ones in every epoch
 
@@ -105,8 +105,8 @@ def taught(dataset, weights, seed, kept, epochs=4):
     R = teacher.R if cfg.teacher == "reclip" else None
     student = distill.DeepLabV2(cfg.backbone, segmenter.T, R, segmenter.scale, recipe["rates"], cfg.width, recipe["weights"])
     with tempfile.TemporaryDirectory() as out:
-        distill.train(student.to(segmenter.device), teacher, distill.Pictures(train, recipe["size"], None, len(names), False), cfg,
-                      names, recipe, Path(out))
+        pictures = distill.Pictures(train, recipe["size"], None, len(names), False)
+        distill.train(student.to(segmenter.device), teacher, pictures, cfg, names, recipe, Path(out))
     masks = lambda images: {"student": distill.predict_student(student, images, recipe["size"])}
     return {"mIoU": rectify.evaluate(masks, val, names)[0]["student"]["mIoU"]}
 
@@ -128,8 +128,8 @@ def markdown(table, dataset, seeds, measured):
     """The table as Markdown: means over the seeds, the spread of mIoU, and the published numbers where there are any."""
     published = PUBLISHED.get((table, dataset), {})
     columns = list(next(iter(measured.values()))[0])
-    lines = [f"### {table}, {dataset}, seeds {' '.join(map(str, seeds))}", "",
-             f"| | {' | '.join([*columns, *['published'] * bool(published)])} |", "|---" * (1 + len(columns) + bool(published)) + "|"]
+    head = ["", *columns, *["published"] * bool(published)]
+    lines = [f"### {table}, {dataset}, seeds {' '.join(map(str, seeds))}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for title, runs in measured.items():
         means = [np.mean([run[c] for run in runs]) for c in columns]
         cells = [f"{m:+.1f}" if c.startswith("gain") else "" if np.isnan(m) else f"{m:.1f}" for c, m in zip(columns, means)]

@@ -45,13 +45,15 @@ def test_the_files_agree_with_pytorch_on_real_pictures(exported):
 
 
 def test_each_file_is_whole_and_says_what_it_is(exported):
+    report = json.loads((exported / "export.json").read_text())
     for name in ("student.onnx", "student.fp16.onnx"):
         model = onnx.load(exported / name)
         onnx.checker.check_model(model, full_check=True)
         assert not [t for t in model.graph.initializer if t.external_data] and [i.name for i in model.graph.input] == ["image"]
         meta = {p.key: p.value for p in model.metadata_props}
         assert json.loads(meta["names"]) == rectify.VOC_NAMES and json.loads(meta["palette"])[0] == list(rectify.colour(0))
-        assert (meta["ignore_index"], meta["inner"]) == ("255", "96") and json.loads(meta["mIoU"]) > 0
+        assert (meta["ignore_index"], meta["inner"]) == ("255", "112")
+        assert float(meta["mIoU"]) == report["results"][name]["mIoU"] and meta["measured_on"] == "8 validation pictures"
     assert (exported / "student.fp16.onnx").stat().st_size < 0.6 * (exported / "student.onnx").stat().st_size
     assert not list(exported.glob("tmp*")), "nothing half-written is left"
 
@@ -59,12 +61,29 @@ def test_each_file_is_whole_and_says_what_it_is(exported):
 @pytest.mark.parametrize("shape", [(1, 96, 96), (2, 101, 87), (3, 63, 200), (1, 375, 500), (1, 9, 1)])
 def test_any_size_and_any_batch(exported, shape):
     """Sizes that tracing has not seen, odd ones, batches: the mask has the picture's size and is PyTorch's."""
-    product = export.make_product(distill.load_student(exported / "student.pt")[0], 96)
+    product = export.make_product(distill.load_student(exported / "student.pt")[0], 112)
     noise = torch.rand(shape[0], 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 255
     image = torch.nn.functional.interpolate(noise, shape[1:], mode="bilinear").byte().permute(0, 2, 3, 1).contiguous()
     mask = export.open_model(exported / "student.onnx").run(None, {"image": image.numpy()})[0]
     with torch.no_grad():
         assert mask.shape == shape and mask.dtype == np.uint8 and (mask == product(image).numpy()).mean() > 0.999
+
+
+def test_the_square_has_the_pixels_of_a_picture_in_training(mini):
+    """Short side 96: the mean area is a little above 96², and 8 divides the side."""
+    samples = rectify.list_samples(mini, "train")
+    shown = [rectify.fit(rectify.load_image(s.image), (2048, 96)).shape for s in samples]
+    side = export.square(samples, (2048, 96))
+    assert side % 8 == 0 and 0 <= side - np.mean([h * w for _, h, w in shown]) ** 0.5 < 8
+
+
+def test_buffers_kept_on_the_device_give_the_same_masks(exported, photo):
+    """`bound`, the way of CUDA graphs: one output buffer, filled anew by every call."""
+    session, pictures = export.open_model(exported / "student.onnx"), np.asarray(Image.open(photo))[None]
+    other = np.ascontiguousarray(pictures[:, ::-1])
+    call = export.bound(session, pictures)
+    for x in (pictures, other, pictures):
+        assert (call(x) == session.run(["mask"], {"image": x})[0]).all()
 
 
 def test_probabilities_on_request(taught, photo, tmp_path):
@@ -93,14 +112,14 @@ def test_the_check_notices_a_file_that_computes_something_else(exported, mini, t
     values = np.frombuffer(weights.raw_data, np.float32).copy()
     weights.raw_data = np.random.default_rng(0).permutation(values).tobytes()
     onnx.save(model, tmp_path / "wrong.onnx")
-    product = export.make_product(distill.load_student(exported / "student.pt")[0], 96, probabilities=True)
+    product = export.make_product(distill.load_student(exported / "student.pt")[0], 112, probabilities=True)
     with pytest.raises(BadInput, match="is not what PyTorch computes"):
         export.check(product, {"student.onnx": export.open_model(tmp_path / "wrong.onnx")}, [],
                      rectify.list_samples(mini, "val"), rectify.VOC_NAMES)
 
 
 def test_a_folder_without_labels_is_checked_on_its_own_pictures(exported, mini):
-    product = export.make_product(distill.load_student(exported / "student.pt")[0], 96, probabilities=True)
+    product = export.make_product(distill.load_student(exported / "student.pt")[0], 112, probabilities=True)
     found, results = export.check(product, {"student.onnx": export.open_model(exported / "student.onnx")},
                                   rectify.list_samples(mini, "train"), [], rectify.VOC_NAMES)
     assert found["student.onnx"]["agreement"] > 0.999 and results == {}

@@ -694,7 +694,7 @@ def test_voc_labels(tmp_path):
 
 
 def test_objects_know_their_distance_from_the_centre():
-    """Centroid to the picture's centre in px, and IoU in percent, and the class, for each class of the mask; void is no object."""
+    """Centroid to the picture's centre in px, IoU in percent, and the class, for each class of the mask; void is no object."""
     label = torch.full((5, 7), VOID, dtype=torch.uint8)
     label[2, 3], label[0, 0:2], label[4, 6] = 3, 1, 0                               # centre; top left; bottom right
     prediction = torch.zeros(5, 7, dtype=torch.long)
@@ -702,6 +702,28 @@ def test_objects_know_their_distance_from_the_centre():
     found = rectify.objects(label, prediction)
     assert found == [pytest.approx((math.hypot(2, 3), 100 / 2, 0)),          # class 0: its pixel, and one of class 1's
                      pytest.approx((math.hypot(2, 2.5), 100 / 2, 1)), pytest.approx((0, 100, 3))]
+
+
+def test_figure5_frames_the_objects_farthest_from_the_centre(mini, tmp_path):
+    """Each in another picture, the farthest first; the box is drawn in every row, around the pixels of the object's class."""
+    samples, shown = rectify.list_samples(mini, "val"), []
+
+    def guess(images):
+        shown.append(images)
+        return {"maskclip": torch.zeros(images[:, 0].shape, dtype=torch.long)}
+
+    _, found = rectify.evaluate(guess, samples, rectify.VOC_NAMES)
+    shown.clear()
+    rectify.figure5(guess, found["maskclip"], rectify.VOC_NAMES, tmp_path / "figure5.png")
+    most = {}
+    for distance, _, _, sample in found["maskclip"]:
+        most[sample.name] = max(distance, most.get(sample.name, 0))
+    order = sorted(samples, key=lambda s: -most[s.name])
+    assert len(shown) == 8 and all((x[0] == rectify.load_image(s.image)).all() for x, s in zip(shown, order))
+    with Image.open(tmp_path / "figure5.png") as page:
+        blue = (np.asarray(page) == (0, 60, 255)).all(-1)
+    columns = np.flatnonzero(blue.any(0))
+    assert blue.sum() > 100 and columns[-1] - columns[0] > 0.6 * blue.shape[1], "boxes from the first column to the last"
 
 
 def test_batches_hold_one_size_and_every_sample_once(mini):
