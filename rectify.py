@@ -1260,7 +1260,7 @@ TITLES = {"maskclip": "MaskCLIP", "reclip": "ReCLIP", "reclip++": "ReCLIP++", "m
 def frame(picture, box):
     """Draw a dashed blue box (left, top, right, bottom) into a picture."""
     draw, (left, top, right, bottom) = ImageDraw.Draw(picture), box
-    wide, dash = max(1, picture.height // 60), max(3, picture.height // 20)
+    wide, dash = max(1, min(picture.size) // 60), max(3, min(picture.size) // 20)
     draw.rectangle(box, outline=PAPER, width=wide)
     for x in range(left, right, 2 * dash):
         for y in (top, bottom - wide + 1):
