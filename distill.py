@@ -249,7 +249,7 @@ def lesson(teacher, batch, recipe, device):
     theta = torch.stack([random_window(image.shape[1:], recipe) for image in images]).to(device)
     cut = lambda labels: look([label[None].to(device) for label in labels], theta, S, "nearest")[:, 0].long()       # B S S
     inside = F.affine_grid(theta, (len(batch), 1, S, S), align_corners=False).abs().amax(-1) <= 1                   # B S S
-    x = look([image.to(device) for image in images], theta, S) * inside[:, None]        # B 3 S S
+    x = look([image.to(device, non_blocking=True) for image in images], theta, S) * inside[:, None]        # B 3 S S
     if teacher is None:
         label = cut(masks)
     else:
@@ -446,7 +446,7 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
         if RANK > 0:
             torch.manual_seed(hash((cfg.seed, epoch, RANK)))            # or all processes would cut the same windows
         started, total = time.time(), {}                # of each loss, the mean of the epoch
-        loader = DataLoader(pictures, batch_sampler=batches, collate_fn=list,
+        loader = DataLoader(pictures, batch_sampler=batches, collate_fn=list, pin_memory=device.type == "cuda",
                             num_workers=min(8, os.cpu_count()) if device.type == "cuda" else 0)
         student.train()
         for k, batch in enumerate(loader):
