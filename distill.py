@@ -23,7 +23,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -43,13 +43,13 @@ from rectify import (HERE, RANK, VOID, WORLD, Segmenter, UserError, command_line
 # three passes of CLIP in all; the teacher does not see how the crop looks. least: prompt denoising of the teacher.
 # doubt: `ask_once`. stretch: how far the shape of a picture may change in training, since export.py shows the student every
 # picture as a square. floor: no learning rate falls below it.
-PAPER = dict(backbone="resnet50c", width=1.0, weights="imagenet", rates=(6, 12, 18, 24), targets="crop", least=0.5, stretch=1,
+PUBLISHED = dict(backbone="resnet50c", width=1.0, weights="imagenet", rates=(6, 12, 18, 24), targets="crop", least=0.5, stretch=1,
              doubt=0, optimizer="sgd", weight_decay=5e-4, lr=0.01, head=10, floor=1e-4)
 RECIPES = {
     "emoji": dict(backbone="resnet18", width=0.5, weights="tests/emoji/resnet18.safetensors", rates=(1, 2, 4, 6), targets="once",
                   least=0, stretch=1.4, doubt=0.5, optimizer="adam", weight_decay=0.01, lr=3e-4, head=6, floor=0,
                   epochs=14, batch=16, size=(2048, 96), crop=64, jitter=(0.7, 1.4)),
-    "voc": dict(PAPER, epochs=100), "context": dict(PAPER, epochs=50), "ade": dict(PAPER, epochs=20),
+    "voc": dict(PUBLISHED, epochs=100), "context": dict(PUBLISHED, epochs=50), "ade": dict(PUBLISHED, epochs=20),
 }
 SHARPNESS = 10                                          # denoising the teacher: softmax(10 · logits), as the authors distil
 LONGEST = 10.0                                          # gradients are clipped to this norm: norm(u) is steep where u is short
@@ -114,7 +114,7 @@ def complete(cfg, segmenter):
              f"--teacher {cfg.teacher}: neither reclip, reclip++ or maskclip nor a folder of masks"),
             (is_folder(cfg.teacher) and Path(cfg.teacher).resolve().name == "maskclip",
              f"--teacher {cfg.teacher}: a folder of this name would be taken for MaskCLIP+; rename it"),
-            (cfg.epochs < 1 or cfg.batch < 1, "--epochs and --batch start at 1"),
+            (cfg.epochs < 1 or cfg.batch < WORLD, f"--epochs starts at 1, and --batch at {WORLD}, an image for each process"),
             (cfg.lr <= 0 or cfg.width <= 0, "--lr and --width must be positive"),
             (min(*weights, cfg.feature_weight) < 0 or max(weights) == 0,
              "the weights of the losses: none below 0, one above (masks have no feature-guided loss)")]:
@@ -224,7 +224,7 @@ class Teacher:
         The picture has the size of rectify.py's recipe, not the student's. Ours, for better pseudo-labels: the logits are also
         smoothed over 3×3 patches, and a class that the picture's hypothesis does not name loses `doubt` standard deviations of
         the logits, which leaves it a chance where the hypothesis is wrong.
-        Cost: 3·N passes of CLIP; N·(C + D)·h·w·2 bytes.
+        Cost: 3·N passes of CLIP; N·(C + D)·h·w·2 bytes; of several processes in each, since any may need any picture.
         """
         size, self.known = rectify.recipe_of(self.segmenter.cfg)["size"], []
         for sample in tqdm(samples, "teacher", unit="img", leave=False):
@@ -396,13 +396,16 @@ def poly(step, steps, lr, floor):
     return floor + (lr - floor) * (1 - step / steps) ** 0.9
 
 
-def step(model, optimizer, x, label, f, weights):
-    """A step on a lesson's crops. model: the DeepLabV2, or `in_step` with other processes'. Returns its losses by name."""
+def step(model, optimizer, x, label, f, weights, share=1.0):
+    """A step on a lesson's crops. Returns its losses by name.
+
+    model: the DeepLabV2, or `in_step` with other processes'; share: what part of the batch is here, times their number.
+    """
     student, x = getattr(model, "module", model), prepare(x)
     logits, u = model(x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x)
     found = losses(logits, u, label, f, student.T, student.scale)
     optimizer.zero_grad()
-    sum(weights[name] * loss for name, loss in found.items()).backward()
+    (share * sum(weights[name] * loss for name, loss in found.items())).backward()
     nn.utils.clip_grad_norm_(student.parameters(), LONGEST)
     optimizer.step()
     return {name: loss.detach() for name, loss in found.items()}
@@ -411,12 +414,12 @@ def step(model, optimizer, x, label, f, weights):
 def train(student, teacher, pictures, cfg, names, recipe, out):
     """Learn the student from the teacher alone; a line an epoch in out/log.jsonl, after rectify.py's where that is there.
 
-    out/distill.partial.pt is for --resume. Of several processes each takes its part of every batch, and logs its own losses.
+    out/distill.partial.pt is for --resume. Of several processes each takes its part of every batch.
     """
     device, N = student.T.device, len(pictures)
     if device.type == "cuda":
         student = student.to(memory_format=torch.channels_last)
-        student = nn.SyncBatchNorm.convert_sync_batchnorm(student) if WORLD > 1 else student
+        student = timm.layers.convert_sync_batchnorm(student) if WORLD > 1 else student
     torch.backends.cudnn.benchmark = True               # all crops have one size
     base = [cfg.lr, cfg.lr * recipe["head"]]
     groups = [{"params": list(student.backbone.parameters())}, {"params": list(student.aspp.parameters())}]
@@ -442,21 +445,26 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
     bar = tqdm(total=cfg.epochs * per_epoch, initial=begin * per_epoch, desc="student", unit="step")
     for epoch in range(begin, cfg.epochs):
         torch.manual_seed(100_003 * cfg.seed + epoch)   # an epoch's randomness is its own, so that a resumed run repeats it
-        batches = [i[RANK::WORLD].tolist() for i in torch.randperm(N).split(cfg.batch) if len(i) >= WORLD]
+        batches = [i for i in torch.randperm(N).split(cfg.batch) if len(i) >= WORLD]
         if RANK > 0:
             torch.manual_seed(hash((cfg.seed, epoch, RANK)))            # or all processes would cut the same windows
         started, total = time.time(), {}                # of each loss, the mean of the epoch
-        loader = DataLoader(pictures, batch_sampler=batches, collate_fn=list, pin_memory=device.type == "cuda",
-                            num_workers=min(8, os.cpu_count()) if device.type == "cuda" else 0)
+        loader = DataLoader(pictures, batch_sampler=[i[RANK::WORLD].tolist() for i in batches], collate_fn=list,
+                            pin_memory=device.type == "cuda",
+                            num_workers=min(8, os.cpu_count() // WORLD) if device.type == "cuda" else 0)
         student.train()
         for k, batch in enumerate(loader):
             for group, lr in zip(optimizer.param_groups, base):
                 group["lr"] = poly(epoch * per_epoch + k, cfg.epochs * per_epoch, lr, recipe["floor"])
             for broken in (item for item in batch if isinstance(item, UserError)):
                 raise broken
-            for name, loss in step(model, optimizer, *lesson(teacher, batch, recipe, device), weights).items():
-                total[name] = total.get(name, 0) + loss * len(batch) * WORLD / N
+            share = len(batch) * WORLD / len(batches[k])
+            for name, loss in step(model, optimizer, *lesson(teacher, batch, recipe, device), weights, share).items():
+                total[name] = total.get(name, 0) + loss * len(batch) / N
             bar.update()
+        if WORLD > 1:
+            for part in total.values():
+                distributed.all_reduce(part)
         line = {"epoch": epoch + 1, "loss": sum(weights[name] * total[name].item() for name in total),
                 **{name: total[name].item() for name in total}, "lr": optimizer.param_groups[0]["lr"]}
         if not math.isfinite(line["loss"]):
@@ -524,11 +532,16 @@ def main(argv=None):
         folder = dataset_folder(segmenter.cfg)
     cfg, recipe, names, device = complete(cfg, segmenter), recipe_of(segmenter), segmenter.names, segmenter.device
     samples, val = list_samples(folder, "train"), [s for s in list_samples(folder, "val") if s.label]
+    if len(samples) < WORLD:
+        raise UserError(f"{folder}: {len(samples)} images are too few for {WORLD} processes")
     masks = Path(cfg.teacher) if is_folder(cfg.teacher) else None
     out = Path(cfg.out) / (Path(cfg.teacher).resolve().name if cfg.teacher != segmenter.cfg.method else "")
     torch.manual_seed(cfg.seed)
     resumed = cfg.resume and (out / "student.pt").is_file() and not (out / "distill.partial.pt").is_file()
     finished = Path(cfg.eval) if cfg.eval else out / "student.pt" if resumed else None
+    for old in (out / "student.pt", out / "distill.partial.pt"):
+        if cfg.resume and old.is_file() and old.stat().st_mtime < checkpoint.stat().st_mtime:
+            raise UserError(f"{old}: is older than its teacher {checkpoint}; leave out --resume")
     if finished:
         student, state = load_student(finished, device)
         refuse_other_run(state, cfg, names, finished)

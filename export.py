@@ -11,6 +11,7 @@ Read it top to bottom: 1 run a file, 2 the graph, 3 the files, 4 check, 5 benchm
 """
 import argparse
 import copy
+import functools
 import json
 import os
 import shutil
@@ -63,7 +64,8 @@ def open_model(path, provider="cpu", graph=False):
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=available)
     except Exception as error:                          # ONNX Runtime has an error class for each of its states
-        raise BadInput(f"{path}: not an ONNX file that ONNX Runtime opens ({str(error).splitlines()[0][:120]}); "
+        how, why = " as a CUDA graph" * graph, str(error).splitlines()[0][:120]
+        raise BadInput(f"{path}: not an ONNX file that ONNX Runtime opens{how} ({why}); "
                        "write it again with `python export.py`")
     if not {"names", "palette", "inner"} <= session.get_modelmeta().custom_metadata_map.keys():
         raise BadInput(f"{path}: an ONNX file, but not one of export.py's: it does not name its classes")
@@ -183,16 +185,13 @@ def run_file(args):
 
 # ======================================================================================================= 2 the graph
 
-def spread(samples, count):
-    """At most `count` of the samples, evenly spread over the list."""
-    return samples[::-(-len(samples) // count)]
-
-
 def square(samples, size):
     """The side in px, a multiple of 8, of the square that has as many pixels as a training picture at the student's own size.
 
     size: (long, short), the sides in px that the student's pictures may have.
     """
+    from rectify import spread
+
     areas = []
     for sample in spread(samples, CHECKED):
         short, long = sorted(read_picture(sample.image).size)
@@ -229,8 +228,8 @@ def make_product(student, inner, probabilities=False):
 
 # ======================================================================================================= 3 the files
 
-def describe(model, path, meta):
-    """Save a model (a proto, or the path of one) with its metadata {key: str}, after ONNX's own check of it."""
+def save_onnx(model, path, meta):
+    """Write a model (a proto, or the path of one) with its metadata {key: str}, after ONNX's own check of it."""
     import onnx
 
     model = onnx.load(model) if isinstance(model, Path) else model
@@ -249,7 +248,7 @@ def write_onnx(product, path, meta):
         warnings.simplefilter("ignore")                 # the exporter warns of its own internals
         program = torch.onnx.export(product, (example,), dynamic_shapes=({0: free, 1: free, 2: free},), input_names=["image"],
                                     output_names=product.outputs, dynamo=True, external_data=False, verbose=False)
-    describe(program.model_proto, path, meta)
+    save_onnx(program.model_proto, path, meta)
 
 
 def write_int8(source, path, samples, meta):
@@ -274,7 +273,7 @@ def write_int8(source, path, samples, meta):
         quantize_static(str(prepared), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, reduce_range=True,
                         op_types_to_quantize=["Conv", "Add", "MaxPool"], calibrate_method=CalibrationMethod.MinMax)
-    describe(path, path, meta)
+    save_onnx(path, path, meta)
 
 
 # =========================================================================================================== 4 check
@@ -291,7 +290,7 @@ def check(product, sessions, train, val, names):
     rectify.evaluate says. Without labelled pictures training pictures serve, and no mIoU. Raises BadInput beyond BOUNDS.
     """
     import torch
-    from rectify import batches_of_one_size, evaluate
+    from rectify import evaluate, fit, load_image, spread
 
     found = {name: {"different": 0, "pixels": 0, "margin": 0.0} for name in sessions}
 
@@ -313,15 +312,17 @@ def check(product, sessions, train, val, names):
 
     def predict(images):
         H, W = images.shape[-2:]
-        compare(images[:1, :, :(H - 2) | 1, :(W - 4) | 1])                              # odd sizes, that tracing has not seen
+        compare(images[:1, :, :max(1, H - 2 | 1), :max(1, W - 4 | 1)])                  # odd sizes, that tracing has not seen
         return compare(images)
 
     if val:
         results, _ = evaluate(predict, spread(val, CHECKED), names)
     else:
         results = {}
-        for _, images, _ in batches_of_one_size(spread(train, CHECKED), 16):
-            predict(images)
+        for sample in spread(train, CHECKED):
+            image = load_image(sample.image)
+            image = fit(image, (LARGEST, LARGEST)) if max(image.shape) > LARGEST else image
+            predict(torch.stack([image, image.flip(-1)]))
     for name, f in found.items():
         f["agreement"] = 1 - f.pop("different") / f.pop("pixels")
         f["lost"] = results["pytorch"]["mIoU"] - results[name]["mIoU"] if val else 0.0
@@ -391,8 +392,8 @@ def candidates(product, files, network, x, device):
             except BadInput as error:
                 print(f"left out: {error}")
                 continue
-            call = bound(session, x) if graph else lambda pictures, session=session: session.run(["mask"], {"image": pictures})
-            calls[f"{title} {name}"] = lambda call=call: call(x)
+            calls[f"{title} {name}"] = (functools.partial(bound(session, x), x) if graph else
+                                        functools.partial(session.run, ["mask"], {"image": x}))
     if device == "cpu":
         alone = onnxruntime.InferenceSession(str(network), open_model(files["fp32"]).get_session_options())
         inner = np.zeros((len(x), 3, *alone.get_inputs()[0].shape[2:]), np.float32)
@@ -471,7 +472,7 @@ def bar_chart(rows, path):
 def export(args):
     """Write the files, check them, and measure them where asked to."""
     from distill import load_student
-    from rectify import Config, colour, dataset_folder, list_samples, newest, versions, write_text
+    from rectify import Config, colour, dataset_folder, list_samples, newest, spread, versions, write_text
 
     path = Path(args.out or f"runs/{args.dataset}") / "student.pt" if args.out or args.dataset else newest("student.pt")
     print(f"exporting {path}")
@@ -500,10 +501,10 @@ def export(args):
         for name, temporary in new.items():
             if val:
                 measured = {"mIoU": str(results[name]["mIoU"]), "measured_on": f"{len(spread(val, CHECKED))} validation pictures"}
-                describe(temporary, temporary, meta | measured)
+                save_onnx(temporary, temporary, meta | measured)
             temporary.replace(out / name)
-    if not args.int8:
-        (out / "student.int8.onnx").unlink(missing_ok=True)             # of an earlier student
+    for name in ["student.int8.onnx"] * (not args.int8) + ["bench.png"]:                # of an earlier student
+        (out / name).unlink(missing_ok=True)
     if val:
         print(f"PyTorch, pictures stretched to {inner}×{inner}: mIoU {results['pytorch']['mIoU']:.2f}"
               + (f"; at their own shape (distill.py): {state['mIoU']:.2f}" if state["mIoU"] else ""))

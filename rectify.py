@@ -11,8 +11,9 @@ far from the centre. This script learns that bias from the pictures alone, subtr
     torchrun --nproc-per-node 4 rectify.py --dataset ade        # several GPUs; distill.py too
 
 Read it top to bottom: 1 configuration, 2 data, 3 CLIP, 4 method, 5 training, 6 evaluation, 7 figures, 8 main.
-The letters are the paper's: f dense feature, T text feature, R Reference feature, PE positional embedding, P space-preference
-bias, B bias logit map, M mask, y image-level hypothesis; B images, C classes, D dimensions, h×w patches, H×W pixels.
+The letters are the paper's: f dense feature, T text feature, V learnable prompt, R Reference feature, PE positional embedding,
+P space-preference bias, B bias logit map, M mask, y image-level hypothesis. Shapes: N images, B of them in a batch, K views of
+each; C classes, D dimensions of f, T and R, d of a token, L and n tokens of a prompt and a name, h×w patches, H×W pixels.
 """
 import argparse
 import contextlib
@@ -31,6 +32,7 @@ import time
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
@@ -46,7 +48,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in       # of `torchrun`, which starts WORLD processes
+# of the WORLD processes that torchrun started this one is number RANK, number LOCAL on its machine; without it 0 of 1
+RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in
                       (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 tqdm = functools.partial(tqdm, disable=RANK > 0)
 
@@ -181,22 +184,6 @@ def pick_device(cfg):
     return torch.device("cuda", LOCAL)
 
 
-@contextlib.contextmanager
-def first_alone():
-    """What is in it runs in the first process alone, which may download and convert, and then in the others, which find it."""
-    if RANK > 0:
-        distributed.barrier()
-    yield
-    if RANK == 0 and WORLD > 1:
-        distributed.barrier()
-
-
-def in_step(module, device, **options):
-    """The module itself, or, of several processes, with gradients that are their mean (PyTorch's DistributedDataParallel)."""
-    gpu = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, gpu, **options) if WORLD > 1 else module
-
-
 def command_line(config, doc, argv=None):
     """Turn a dataclass of `option`s into a command line: --field-name VALUE, or a bare flag for a bool."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -253,6 +240,7 @@ DATASETS = {
             "ADEChallengeData2016", ADE_NAMES)}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 VOID = 255
+LARGEST_BATCH = 2 ** 22                                 # pixels that are evaluated at once: 1.7 GB of logits with 100 classes
 
 
 @dataclass
@@ -511,10 +499,15 @@ def fit(image, size, factor=1.0):
     return v2.functional.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
 
 
+def spread(samples, count):
+    """At most `count` of the samples, evenly spread over the list."""
+    return samples[::-(-len(samples) // count)]
+
+
 def batches_of_one_size(samples, batch, classes=None):
     """Yield (samples, images B×3×H×W uint8, labels B×H×W uint8 or None), each batch of one image size.
 
-    Streamed: no more than 4 · batch pictures wait for others of their size.
+    Streamed: no more than 4 · batch pictures wait for others of their size. A batch ends early at LARGEST_BATCH pixels.
     """
     waiting = {}
     for sample in samples:
@@ -522,7 +515,7 @@ def batches_of_one_size(samples, batch, classes=None):
         label = load_label(sample.label, image.shape[1:], classes) if classes else None
         group = waiting.setdefault(image.shape, [])
         group.append((sample, image, label))
-        if len(group) == batch:
+        if len(group) == batch or (len(group) + 1) * image[0].numel() > LARGEST_BATCH:
             yield _stack(waiting.pop(image.shape))
         elif sum(map(len, waiting.values())) > 4 * batch:
             yield _stack(waiting.pop(max(waiting, key=lambda size: len(waiting[size]))))
@@ -600,9 +593,9 @@ def last_block(block, x, grid, features):
     if features == "stock":
         return block(x)
     attn = block.attn
-    q, k, v = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)     # B N d
+    q, k, v = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)     # B 1+hw d
     if features != "maskclip":
-        q, k, v = (y.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for y in (q, k, v))       # B heads N d/heads
+        q, k, v = (y.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for y in (q, k, v))       # B heads 1+hw d/heads
         scale = q.size(-1) ** -0.5
         if features == "sclip":
             A = (q @ q.mT * scale).softmax(-1) + (k @ k.mT * scale).softmax(-1)
@@ -612,7 +605,7 @@ def last_block(block, x, grid, features):
             yx = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in grid)).float()   # hw 2
             near = torch.exp(-torch.cdist(yx, yx).square() / (2 * 5 ** 2))                          # std 5 patches
             A = (k @ k.mT * scale + F.pad(near, (1, 0, 1, 0))).softmax(-1)
-        v = (A @ v).transpose(1, 2).flatten(2)                                                     # B N d
+        v = (A @ v).transpose(1, 2).flatten(2)                                                     # B 1+hw d
     v = block.ls_1(attn.out_proj(v))                    # ls: LayerScale, the identity in most CLIPs
     if features in ("clearclip", "naclip"):
         return v
@@ -688,7 +681,7 @@ def name_tokens(clip, tokenizer, names):
         name = names[int((tokens != 0).sum(1).argmax())]
         raise UserError(f"class name '{name}' is too long for this CLIP's {context} tokens; shorten it")
     tokens = tokens[:, :longest].to(clip.logit_scale.device)
-    unmet = (_text(clip).token_embedding(tokens) == 0).all(-1).any(1) if longest else []    # rows the tiny CLIP never trained
+    unmet = (_text(clip).token_embedding(tokens) == 0).all(-1).any(1)                       # rows the tiny CLIP never trained
     new = [name for name, row in zip(names, unmet) if row]
     if new:
         print(f"warning: this CLIP has never met the words of {', '.join(new)}; expect nonsense for them")
@@ -703,17 +696,17 @@ def reference_features(clip, V, tokens):
     sequence, and the mask hides them from each other. Cost: 1+L+C·n tokens instead of C·(1+L+n).
     """
     text, (C, n), L, device = _text(clip), tokens.shape, V.size(-2), tokens.device
-    B = 1 if V.ndim == 2 else C                                                         # prompts, with K names behind each
-    K = C // B
-    sos = text.token_embedding.weight[-2].expand(B, 1, -1)                              # SOS is the last but one word
-    x = torch.cat([sos, V.view(B, L, -1), text.token_embedding(tokens).view(B, K * n, -1)], dim=1)     # B 1+L+K·n d
-    place = torch.cat([torch.arange(1 + L), (1 + L + torch.arange(n)).repeat(K)]).to(device)
-    name = torch.cat([torch.full((1 + L,), -1), torch.arange(K).repeat_interleave(n)]).to(device)      # -1: the prompt's own
+    prompts, behind = (1, C) if V.ndim == 2 else (C, 1)                                 # how many, and names behind each
+    sos = text.token_embedding.weight[-2].expand(prompts, 1, -1)                        # SOS is the last but one word
+    names = text.token_embedding(tokens).view(prompts, behind * n, -1)
+    x = torch.cat([sos, V.view(prompts, L, -1), names], dim=1)                          # prompts 1+L+behind·n d
+    place = torch.cat([torch.arange(1 + L), (1 + L + torch.arange(n)).repeat(behind)]).to(device)
+    name = torch.cat([torch.full((1 + L,), -1), torch.arange(behind).repeat_interleave(n)]).to(device)  # -1: the prompt's own
     seen = (place <= place[:, None]) & ((name == -1) | (name == name[:, None]))         # row sees column
     mask = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)
     x = text.ln_final(text.transformer(x + text.positional_embedding[place], attn_mask=mask))
-    names = x[:, 1 + L:].reshape(C, n, -1)
-    return names[torch.arange(C), tokens.argmax(1)] @ text.text_projection              # at EOT, which has the largest number
+    ends = x[:, 1 + L:].reshape(C, n, -1)[torch.arange(C), tokens.argmax(1)]            # at EOT, which has the largest number
+    return ends @ text.text_projection                                                  # C D
 
 
 # =========================================================================================================== 4 method
@@ -795,10 +788,10 @@ def contrastive_loss(M, f, T, y, scale, valid, pool):
 
 
 class Segmenter(nn.Module):
-    """CLIP, its text features, and a Rectifier: pictures in, logits out. Frozen CLIP and 85-template T; R from the prompt.
+    """CLIP, its text features T, and a Rectifier, whose prompt gives R. Built for training, or by `load` from a checkpoint.
 
-    Built new for training, or by `load` from a checkpoint; distill.py uses it as the teacher. forward(x), a training step's:
-    dense features f B×D×h×w, or with finetune the uint8 views that they are computed from -> rectified logits B×C×h×w, f.
+    A Module so that `in_step` can wrap a training step, which is its forward(x): dense features f B×D×h×w, or with finetune
+    the uint8 views that they are computed from -> rectified logits B×C×h×w, f. distill.py uses it as the teacher.
     """
 
     def __init__(self, cfg, names, device):
@@ -869,14 +862,26 @@ class Segmenter(nn.Module):
 
 # ========================================================================================================= 5 training
 
+@contextlib.contextmanager
+def first_alone():
+    """What is in it runs in the first process alone, which may download and convert, and then in the others, which find it."""
+    if RANK > 0:
+        distributed.barrier()
+    try:
+        yield
+    finally:
+        if RANK == 0 and WORLD > 1:
+            distributed.barrier()
+
+
 @torch.no_grad()
 def hypothesise(segmenter, images):
     """y: B×C bool, the classes that stock CLIP believes an image to hold; of uint8 pictures B×3×H×W.
 
     threshold: the cosine of the image's feature with T is at least t. softmax (ours): the softmax over the classes of
     scale · cosine is. Where none passes, the top K. windows (ReCLIP++): a window slides over the image at half its side; y is
-    the union of each window's best class. The picture is CLIP's centre crop for the real datasets, and the whole of it (positional embedding
-    resized) in Emoji VOC, where things stand at the edges.
+    the union of each window's best class. The picture is CLIP's centre crop for the real datasets, and the whole of it
+    (positional embedding resized) in Emoji VOC, where things stand at the edges.
     """
     cfg, recipe, (clip, T) = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.stock
     side = clip.visual.image_size[0]
@@ -945,10 +950,10 @@ def make_room(shape, dtype, device, out):
         if need * users <= share * free_memory(place) / 1e9:
             print(f"features: {need:.3g} GB in {name}")
             return torch.empty(shape, dtype=dtype, device=place)
-    missing = need - share * shutil.disk_usage(out).free / 1e9
+    missing = WORLD * need - share * shutil.disk_usage(out).free / 1e9
     if missing > 0:
-        raise UserError(f"{out}: {need:.3g} GB of features fit neither memory nor this disk, which lacks {missing:.3g} GB; "
-                        "fewer --views need less, or give --out on a larger disk")
+        raise UserError(f"{out}: {WORLD * need:.3g} GB of features fit neither memory nor this disk, which lacks "
+                        f"{missing:.3g} GB; fewer --views need less, or give --out on a larger disk")
     print(f"features: {need:.3g} GB in a file in {out}")
     file = out / f"features.{RANK}.tmp"
     x = torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)
@@ -989,6 +994,12 @@ def training_data(segmenter, samples):
     return x, valid, hypotheses(segmenter, samples).to(device)
 
 
+def in_step(module, device, **options):
+    """The module itself, or, of several processes, with gradients that are their mean (PyTorch's DistributedDataParallel)."""
+    gpu = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, gpu, **options) if WORLD > 1 else module
+
+
 def train(segmenter, data, N, out, resume):
     """Learn the Rectifier (and with finetune CLIP's image encoder) from hypotheses alone; log a line an epoch.
 
@@ -1014,8 +1025,8 @@ def train(segmenter, data, N, out, resume):
         schedule.load_state_dict(state["schedule"])
         begin = state["epoch"]
         log = out / "log.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
-        log.write_text("".join(lines[:begin]))          # an epoch that was logged and not saved runs again
+        if RANK == 0 and log.is_file():                 # an epoch that was logged and not saved runs again
+            log.write_text("".join(log.read_text().splitlines(keepends=True)[:begin]))
         print(f"resuming after epoch {begin} of {cfg.epochs}")
     else:
         for old in (partial, out / "log.jsonl"):
@@ -1023,19 +1034,22 @@ def train(segmenter, data, N, out, resume):
 
     if device.type == "cuda" and WORLD > 1:             # BatchNorm sees the whole batch, which it can on GPUs only
         nn.SyncBatchNorm.convert_sync_batchnorm(rectifier)
-    model, steps = in_step(segmenter, device, find_unused_parameters=cfg.space == "off"), -(-N // cfg.batch)
+    model = in_step(segmenter, device, find_unused_parameters=cfg.space == "off" or cfg.finetune)
+    steps = -(-N // cfg.batch)
     bar = tqdm(total=cfg.epochs * steps, initial=begin * steps, desc=cfg.method, unit="step")
     for epoch in range(begin, cfg.epochs):
         torch.manual_seed(100_003 * cfg.seed + epoch)   # an epoch's randomness is its own, so that a resumed run repeats it
-        k, total = epoch % cfg.views, torch.zeros((), device=device)
+        order, k, total = torch.randperm(N), epoch % cfg.views, torch.zeros((), device=device)
+        if RANK > 0:
+            torch.manual_seed(hash((cfg.seed, epoch, RANK)))            # the order is common, Gumbel's noise is each one's own
         rectifier.train()
-        for i in torch.randperm(N).split(cfg.batch):
+        for i in order.split(cfg.batch):
             own = i[i % WORLD == RANK] // WORLD         # where this process has its images
-            share = len(own) * WORLD / len(i)
-            own = own if share else torch.zeros(1, dtype=torch.long)    # without one it goes along with its first, which weighs 0
+            weight = len(own) * WORLD / len(i)          # 1 for a fair share; who has none goes along with its first image at 0
+            own = own if weight else torch.zeros(1, dtype=torch.long)
             logits, f = model(x[k, own].to(device))
             M = gumbel_mask(logits, cfg.alpha)
-            loss = share * contrastive_loss(M, f, segmenter.T, y[own], segmenter.scale, valid[k, own], cfg.pool)
+            loss = weight * contrastive_loss(M, f, segmenter.T, y[own], segmenter.scale, valid[k, own], cfg.pool)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -1074,6 +1088,8 @@ def load_checkpoint(path, part="rectifier"):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["config"], state["names"], state[part]    # KeyError where one is missing
+        if part == "rectifier":
+            Config(**state["config"])                   # TypeError where another version wrote it
         return state
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; make it with `python {maker}`")
@@ -1192,8 +1208,8 @@ def classes_present(samples, C):
 
 # ========================================================================================================== 7 figures
 
-INK, PAPER = (30, 30, 30), (255, 255, 255)
-SERIES = [(130, 130, 130), (200, 60, 40), (40, 90, 180), (40, 140, 80)]
+INK, WHITE = (30, 30, 30), (255, 255, 255)
+SERIES = [(130, 130, 130), (200, 60, 40)]           # of a plot: the baseline, the method
 
 
 @functools.cache
@@ -1209,7 +1225,7 @@ def colour(c):
 
 def paint(mask, photo=None, faint=None):
     """A mask H×W in class colours as a picture; over a photo 3×H×W where given, and pale where `faint` (H×W bool) says so."""
-    colours = torch.tensor(palette()[3:] + list(PAPER), dtype=torch.float).view(-1, 3)   # class c has VOC's colour c + 1
+    colours = torch.tensor(palette()[3:] + list(WHITE), dtype=torch.float).view(-1, 3)   # class c has VOC's colour c + 1
     painted = colours[mask.long()]                                                      # H W 3
     if photo is not None:
         painted = 0.65 * painted + 0.35 * photo.permute(1, 2, 0)
@@ -1228,7 +1244,7 @@ def legend(names, classes, width):
             x, y = 10, y + 32
         spots.append((x, y, c))
         x += wide
-    strip = Image.new("RGB", (width, y + 36), PAPER)
+    strip = Image.new("RGB", (width, y + 36), WHITE)
     draw = ImageDraw.Draw(strip)
     for x, y, c in spots:
         draw.rectangle([x, y, x + 22, y + 22], fill=colour(c), outline=INK)
@@ -1243,7 +1259,7 @@ def contact_sheet(rows, names, classes, cell=150):
     width = left + (cell + margin) * len(rows[0][1])
     strip = legend(names, classes, width)
     height = (cell + margin) * len(rows)
-    page = Image.new("RGB", (width, height + strip.height), PAPER)
+    page = Image.new("RGB", (width, height + strip.height), WHITE)
     for r, (title, pictures) in enumerate(rows):
         ImageDraw.Draw(page).text((8, r * (cell + margin) + cell / 2), title, fill=INK, font=font, anchor="lm")
         for k, picture in enumerate(pictures):
@@ -1261,7 +1277,7 @@ def frame(picture, box):
     """Draw a dashed blue box (left, top, right, bottom) into a picture."""
     draw, (left, top, right, bottom) = ImageDraw.Draw(picture), box
     wide, dash = max(1, min(picture.size) // 60), max(3, min(picture.size) // 20)
-    draw.rectangle(box, outline=PAPER, width=wide)
+    draw.rectangle(box, outline=WHITE, width=wide)
     for x in range(left, right, 2 * dash):
         for y in (top, bottom - wide + 1):
             draw.rectangle([x, y, min(x + dash, right), y + wide - 1], fill=(0, 60, 255))
@@ -1281,12 +1297,14 @@ def gallery(predict, samples, names, path, classes=None):
         image = load_image(sample.image)
         label = load_label(sample.label, image.shape[1:], len(names))
         masks = {method: mask[0].cpu() for method, mask in predict(image[None]).items()}
+        if classes:
+            y, x = (label == classes[k]).nonzero().T
+            box = x.min().item(), y.min().item(), x.max().item(), y.max().item()
         cells = {"image": Image.fromarray(image.permute(1, 2, 0).numpy()), "ground truth": paint(label),
                  **{method: paint(mask, faint=label == VOID) for method, mask in masks.items()}}
         for row, cell in cells.items():
             if classes:
-                y, x = (label == classes[k]).nonzero().T
-                frame(cell, (x.min().item(), y.min().item(), x.max().item(), y.max().item()))
+                frame(cell, box)
             rows.setdefault(row, []).append(cell)
         seen.update(label.unique().tolist(), *(mask[label != VOID].unique().tolist() for mask in masks.values()))
     contact_sheet([(TITLES.get(k, k), v) for k, v in rows.items()], names, sorted(seen - {VOID})).save(path)
@@ -1294,7 +1312,7 @@ def gallery(predict, samples, names, path, classes=None):
 
 def figure4(predict, samples, names, path):
     """Fig. 4: eight images spread evenly over the list."""
-    gallery(predict, samples[::max(1, len(samples) // 8)][:8], names, path)
+    gallery(predict, spread(samples, 8), names, path)
 
 
 def figure5(predict, found, names, path):
@@ -1309,7 +1327,7 @@ def figure5(predict, found, names, path):
 def figure1a(found, ring, path):
     """Fig. 1(a): mean IoU of the objects in each ring around the picture's centre, a line a method, objects counted below."""
     big, small, W, H = ImageFont.load_default(24), ImageFont.load_default(19), 900, 560
-    page = Image.new("RGB", (W, H), PAPER)
+    page = Image.new("RGB", (W, H), WHITE)
     draw = ImageDraw.Draw(page)
     distances = [d for d, *_ in found["maskclip"]]
     ring *= max(1, int(np.ceil(max(distances) / ring / 8)))                             # eight rings at most
@@ -1366,14 +1384,17 @@ def segment_image(cfg):
         if segmenter.cfg.norm == "frobenius":
             R = R / len(trained) ** 0.5                 # the length that a row had in training, on average
         T = text_features(clip, segmenter.tokenizer, words)
-        P = rectifier.g(positional_embedding(clip, tuple(f.shape[-2:])))[0]
-        rectified = similarity(f, T) - (bias_reclip(f, R, 0) if method == "reclip" else bias_reclip_pp(R, P))
+        rectified = similarity(f, T)
+        if method == "reclip":
+            rectified = rectified - bias_reclip(f, R, 0)
+        elif rectifier.space:
+            rectified = rectified - bias_reclip_pp(R, rectifier.g(positional_embedding(clip, tuple(f.shape[-2:])))[0])
     maps = {"MaskCLIP": similarity(frozen, T), TITLES[method]: rectified}
     patch, photo, cell = clip.visual.patch_size[0], image[0], 360
     masks = [upsample(logits, patch, x.shape[-2:], image.shape[-2:]).argmax(1)[0].cpu() for logits in maps.values()]
     row = [Image.fromarray(photo.permute(1, 2, 0).numpy())] + [paint(mask, photo) for mask in masks]
     sheet = contact_sheet([("", row)], words, sorted(set(torch.stack(masks).flatten().tolist())), cell)
-    page = Image.new("RGB", (sheet.width, sheet.height + 36), PAPER)
+    page = Image.new("RGB", (sheet.width, sheet.height + 36), WHITE)
     page.paste(sheet, (0, 36))
     for k, title in enumerate(["picture", *maps]):
         centre = (20 + k * (cell + 8) + cell / 2, 18)
@@ -1423,12 +1444,13 @@ def main(argv=None):
     if cfg.eval:
         state = load_checkpoint(Path(cfg.eval))
         theirs = Config(**state["config"])
-        for key in ("dataset", "recipe", "clip"):
-            asked, trained = getattr(cfg, key), getattr(theirs, key)
-            if asked not in ("", trained):
-                raise UserError(f"{cfg.eval}: was trained with --{key} {trained or 'left out'}, not {asked}")
-        cfg = replace(theirs, eval=cfg.eval, device=cfg.device, root=cfg.root, data=cfg.data or theirs.data,
-                      out=cfg.out or str(Path(cfg.eval).parent))
+        free = {"eval": cfg.eval, "device": cfg.device, "root": cfg.root, "data": cfg.data or theirs.data, "names": theirs.names,
+                "out": cfg.out or str(Path(cfg.eval).parent), "denoise": theirs.denoise if cfg.denoise is None else cfg.denoise}
+        for f in fields(cfg):
+            asked, trained = getattr(cfg, f.name), getattr(theirs, f.name)
+            if f.name not in free and asked not in (f.default, trained):
+                raise UserError(f"{cfg.eval}: was trained with --{f.name.replace('_', '-')} {trained or 'left out'}, not {asked}")
+        cfg = replace(theirs, **free)
     cfg = complete(cfg)
     names, device, out = state["names"] if cfg.eval else class_names(cfg), pick_device(cfg), Path(cfg.out)
     torch.manual_seed(cfg.seed)
@@ -1438,8 +1460,11 @@ def main(argv=None):
         print(f"{cfg.method} on {folder}: {len(samples)} images to learn from, {len(val)} labelled ones to measure on, "
               f"{len(names)} classes, {device}" + f", {WORLD} processes" * (WORLD > 1))
         segmenter = Segmenter(cfg, names, device)
+        segmenter.stock                                 # now, where a download is safe and a failure comes early
         out.mkdir(parents=True, exist_ok=True)
-    seconds, written = {}, ["rectify.json", "figure1a.png", "figure4.png", "figure5.png"]
+    if len(samples) < WORLD:
+        raise UserError(f"{folder}: {len(samples)} images are too few for {WORLD} processes")
+    seconds, trained, written = {}, False, ["rectify.json", "figure1a.png", "figure4.png", "figure5.png"]
 
     if cfg.eval:
         segmenter.restore(state)
@@ -1454,10 +1479,11 @@ def main(argv=None):
         seconds["features"] = round(time.time() - started, 1)
         train(segmenter, data, len(samples), out, cfg.resume)
         del data                                        # gives its room back
-        written += ["rectify.pt", "log.jsonl"]
+        trained = True
     if RANK > 0:
         return                                          # the first process writes and measures
-    if "rectify.pt" in written:
+    if trained:
+        written += ["rectify.pt", "log.jsonl"]
         save(out / "rectify.pt", segmenter.state())
         (out / "rectify.partial.pt").unlink()
     seconds["training"] = round(time.time() - started - sum(seconds.values()), 1)
@@ -1491,17 +1517,21 @@ def write_text(path, text):
 def run(main):
     """Call a script's main; what the user can mend is one line and exit code 2, an interrupt says how to go on.
 
-    Where torchrun started several processes they meet first, and only the first one talks.
+    Where torchrun started several processes they meet first; but for errors only the first one talks.
     """
     if WORLD > 1:
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        patience = timedelta(days=1)                    # the others wait for a download
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
     try:
         return main()
     except UserError as error:
         message, code = f"error: {error}", 2
     except KeyboardInterrupt:
         message, code = "\ninterrupted; a training goes on with the same command and --resume", 130
+    finally:
+        if WORLD > 1:
+            distributed.destroy_process_group()
     print(message, file=sys.stderr)                     # out here the frames are gone, and with them open progress bars
     sys.exit(code)
 

@@ -254,7 +254,7 @@ def test_a_bare_command_goes_on_with_the_newest_run(taught, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("args, message", [
     (["--teacher", "reclip"], "is reclip\\+\\+"), (["--teacher", "nowhere"], "neither reclip"), (["--lr", "0"], "must be positive"),
-    (["--mask-weight", "-1"], "none below 0"), (["--epochs", "0"], "start at 1"), (["--backbone", "vgg0"], "timm cannot make it"),
+    (["--mask-weight", "-1"], "none below 0"), (["--epochs", "0"], "starts at 1"), (["--backbone", "vgg0"], "timm cannot make it"),
     (["--dataset", "voc"], "no such checkpoint")])
 def test_what_makes_no_sense_is_refused(taught, tmp_path, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)
