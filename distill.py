@@ -29,8 +29,8 @@ from torchvision.transforms import v2
 
 import rectify
 from rectify import (HERE, RANK, VOID, WORLD, Segmenter, UserError, command_line, contrastive_loss, dataset_folder, denoise,
-                     evaluate, figure4, figure5, first_alone, fit, hypothesise, in_step, list_samples, load_checkpoint,
-                     load_image, load_label, newest, option, predict, print_table, refuse_other_run, run, save, similarity, tqdm,
+                     evaluate, figure4, figure5, first_alone, fit, hypothesise, in_step, load_checkpoint, load_image, load_label,
+                     newest, option, order_of, predict, print_table, refuse_other_run, run, save, similarity, splits, tqdm,
                      versions, write_text)
 
 # ================================================================================================== 1 configuration
@@ -444,10 +444,7 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
     model, per_epoch = in_step(student, device), -(-N // cfg.batch)
     bar = tqdm(total=cfg.epochs * per_epoch, initial=begin * per_epoch, desc="student", unit="step")
     for epoch in range(begin, cfg.epochs):
-        torch.manual_seed(100_003 * cfg.seed + epoch)   # an epoch's randomness is its own, so that a resumed run repeats it
-        batches = [i for i in torch.randperm(N).split(cfg.batch) if len(i) >= WORLD]
-        if RANK > 0:
-            torch.manual_seed(hash((cfg.seed, epoch, RANK)))            # or all processes would cut the same windows
+        batches = [i for i in order_of(cfg.seed, epoch, N).split(cfg.batch) if len(i) >= WORLD]
         started, total = time.time(), {}                # of each loss, the mean of the epoch
         loader = DataLoader(pictures, batch_sampler=[i[RANK::WORLD].tolist() for i in batches], collate_fn=list,
                             pin_memory=device.type == "cuda",
@@ -531,9 +528,7 @@ def main(argv=None):
         segmenter = Segmenter.load(checkpoint, device=cfg.device, out=str(checkpoint.parent))
         folder = dataset_folder(segmenter.cfg)
     cfg, recipe, names, device = complete(cfg, segmenter), recipe_of(segmenter), segmenter.names, segmenter.device
-    samples, val = list_samples(folder, "train"), [s for s in list_samples(folder, "val") if s.label]
-    if len(samples) < WORLD:
-        raise UserError(f"{folder}: {len(samples)} images are too few for {WORLD} processes")
+    samples, val = splits(folder)
     masks = Path(cfg.teacher) if is_folder(cfg.teacher) else None
     out = Path(cfg.out) / (Path(cfg.teacher).resolve().name if cfg.teacher != segmenter.cfg.method else "")
     torch.manual_seed(cfg.seed)

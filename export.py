@@ -472,14 +472,14 @@ def bar_chart(rows, path):
 def export(args):
     """Write the files, check them, and measure them where asked to."""
     from distill import load_student
-    from rectify import Config, colour, dataset_folder, list_samples, newest, spread, versions, write_text
+    from rectify import Config, colour, dataset_folder, newest, splits, spread, versions, write_text
 
     path = Path(args.out or f"runs/{args.dataset}") / "student.pt" if args.out or args.dataset else newest("student.pt")
     print(f"exporting {path}")
     student, state = load_student(path)
     names, out = state["names"], path.parent
     folder = dataset_folder(Config(**state["rectify"]))
-    train, val = list_samples(folder, "train"), [s for s in list_samples(folder, "val") if s.label]
+    train, val = splits(folder)
     inner = args.inner or square(train, state["size"])
     if inner < 32:
         raise BadInput(f"--inner {inner}: the side in px of what the network sees, from 32 on")
@@ -503,7 +503,7 @@ def export(args):
                 measured = {"mIoU": str(results[name]["mIoU"]), "measured_on": f"{len(spread(val, CHECKED))} validation pictures"}
                 save_onnx(temporary, temporary, meta | measured)
             temporary.replace(out / name)
-    for name in ["student.int8.onnx"] * (not args.int8) + ["bench.png"]:                # of an earlier student
+    for name in {"student.int8.onnx", "bench.png"} - new.keys():        # of an earlier student
         (out / name).unlink(missing_ok=True)
     if val:
         print(f"PyTorch, pictures stretched to {inner}×{inner}: mIoU {results['pytorch']['mIoU']:.2f}"

@@ -458,6 +458,14 @@ def list_samples(folder, split):
     return samples
 
 
+def splits(folder):
+    """(training samples, labelled validation samples) of a folder. Raises UserError, also where processes outnumber images."""
+    train, val = list_samples(folder, "train"), [sample for sample in list_samples(folder, "val") if sample.label]
+    if len(train) < WORLD:
+        raise UserError(f"{folder}: {len(train)} images are too few for {WORLD} processes")
+    return train, val
+
+
 def load_image(path):
     """Any picture as 3×H×W uint8 RGB: EXIF rotation applied, 16 bits cut to 8, transparency laid on white."""
     try:
@@ -820,6 +828,10 @@ class Segmenter(nn.Module):
         """f: B×D×h×w of uint8 pictures B×3×H×W."""
         return encode_image(clip or self.clip, normalise(self.clip, images.to(self.device)), self.cfg.features)
 
+    def maskclip(self, images, f):
+        """MaskCLIP's dense features, the baseline's, of pictures whose own are f: the same where the encoder was not trained."""
+        return self.features(images, self.frozen) if self.cfg.finetune else f
+
     def reference(self):
         """R: C×D, with its norm. Where nothing trains it goes through the text encoder once, and not for every batch."""
         learning = self.rectifier.training or torch.is_grad_enabled()
@@ -994,6 +1006,18 @@ def training_data(segmenter, samples):
     return x, valid, hypotheses(segmenter, samples).to(device)
 
 
+def order_of(seed, epoch, N):
+    """The order of an epoch's N images, the same in every process; what is drawn after it is each process's own.
+
+    An epoch's randomness is its own too, so that a resumed run repeats it.
+    """
+    torch.manual_seed(100_003 * seed + epoch)
+    order = torch.randperm(N)
+    if RANK > 0:
+        torch.manual_seed(hash((seed, epoch, RANK)))
+    return order
+
+
 def in_step(module, device, **options):
     """The module itself, or, of several processes, with gradients that are their mean (PyTorch's DistributedDataParallel)."""
     gpu = [device.index] if device.type == "cuda" else None
@@ -1038,12 +1062,9 @@ def train(segmenter, data, N, out, resume):
     steps = -(-N // cfg.batch)
     bar = tqdm(total=cfg.epochs * steps, initial=begin * steps, desc=cfg.method, unit="step")
     for epoch in range(begin, cfg.epochs):
-        torch.manual_seed(100_003 * cfg.seed + epoch)   # an epoch's randomness is its own, so that a resumed run repeats it
-        order, k, total = torch.randperm(N), epoch % cfg.views, torch.zeros((), device=device)
-        if RANK > 0:
-            torch.manual_seed(hash((cfg.seed, epoch, RANK)))            # the order is common, Gumbel's noise is each one's own
+        k, total = epoch % cfg.views, torch.zeros((), device=device)
         rectifier.train()
-        for i in order.split(cfg.batch):
+        for i in order_of(cfg.seed, epoch, N).split(cfg.batch):
             own = i[i % WORLD == RANK] // WORLD         # where this process has its images
             weight = len(own) * WORLD / len(i)          # 1 for a fair share; who has none goes along with its first image at 0
             own = own if weight else torch.zeros(1, dtype=torch.long)
@@ -1134,7 +1155,7 @@ def predict(segmenter, images):
     cfg, recipe = segmenter.cfg, recipe_of(segmenter.cfg)
     x = fit(images.to(segmenter.device), recipe["size"])
     f = segmenter.features(x)
-    logits = {"maskclip": similarity(segmenter.features(x, segmenter.frozen) if cfg.finetune else f, segmenter.T)}
+    logits = {"maskclip": similarity(segmenter.maskclip(x, f), segmenter.T)}
     if segmenter.rectifier is not None:
         rectified = segmenter.rectified(f, segmenter.reference())
         logits[cfg.method] = denoise(rectified, SHARPNESS[cfg.method], cfg.denoise)
@@ -1371,7 +1392,7 @@ def segment_image(cfg):
     print(f"segmenting {cfg.image} with {path}")
     image = load_image(cfg.image)[None]
     x = fit(image, recipe_of(segmenter.cfg)["size"])
-    f, frozen = segmenter.features(x), segmenter.features(x, segmenter.frozen)
+    f = segmenter.features(x)
     if set(words) <= set(trained):
         chosen = [trained.index(word) for word in words]
         T, rectified = segmenter.T[chosen], segmenter.rectified(f, segmenter.reference())[:, chosen]
@@ -1389,7 +1410,7 @@ def segment_image(cfg):
             rectified = rectified - bias_reclip(f, R, 0)
         elif rectifier.space:
             rectified = rectified - bias_reclip_pp(R, rectifier.g(positional_embedding(clip, tuple(f.shape[-2:])))[0])
-    maps = {"MaskCLIP": similarity(frozen, T), TITLES[method]: rectified}
+    maps = {"MaskCLIP": similarity(segmenter.maskclip(x, f), T), TITLES[method]: rectified}
     patch, photo, cell = clip.visual.patch_size[0], image[0], 360
     masks = [upsample(logits, patch, x.shape[-2:], image.shape[-2:]).argmax(1)[0].cpu() for logits in maps.values()]
     row = [Image.fromarray(photo.permute(1, 2, 0).numpy())] + [paint(mask, photo) for mask in masks]
@@ -1456,14 +1477,12 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     with first_alone():
         folder = dataset_folder(cfg)
-        samples, val = list_samples(folder, "train"), [s for s in list_samples(folder, "val") if s.label]
+        samples, val = splits(folder)
         print(f"{cfg.method} on {folder}: {len(samples)} images to learn from, {len(val)} labelled ones to measure on, "
               f"{len(names)} classes, {device}" + f", {WORLD} processes" * (WORLD > 1))
         segmenter = Segmenter(cfg, names, device)
         segmenter.stock                                 # now, where a download is safe and a failure comes early
         out.mkdir(parents=True, exist_ok=True)
-    if len(samples) < WORLD:
-        raise UserError(f"{folder}: {len(samples)} images are too few for {WORLD} processes")
     seconds, trained, written = {}, False, ["rectify.json", "figure1a.png", "figure4.png", "figure5.png"]
 
     if cfg.eval:

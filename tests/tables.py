@@ -65,8 +65,7 @@ LOSSES = {"mask, feature, text": {}, "mask, feature": dict(text_weight=0), "mask
 def rectified(options, seed, most_views, kept):
     """A variant that rectifies, measured: {column: value}. kept: the seed's training data, filled by the first variant."""
     cfg = rectify.complete(rectify.Config(seed=seed, **options))
-    names, folder = rectify.class_names(cfg), rectify.dataset_folder(cfg)
-    train, val = (rectify.list_samples(folder, split) for split in ("train", "val"))
+    names, (train, val) = rectify.class_names(cfg), rectify.splits(rectify.dataset_folder(cfg))
     torch.manual_seed(seed)
     segmenter = rectify.Segmenter(cfg, names, rectify.pick_device(cfg))
     with tempfile.TemporaryDirectory() as out:
@@ -103,8 +102,8 @@ def taught(dataset, weights, seed, kept, epochs=4):
         recipe = distill.recipe_of(segmenter)
         kept["teacher"] = distill.Teacher(segmenter, segmenter.cfg.method, recipe["least"], recipe["doubt"])
     teacher, segmenter = kept["teacher"], kept["teacher"].segmenter
-    recipe, folder, names = distill.recipe_of(segmenter), rectify.dataset_folder(segmenter.cfg), segmenter.names
-    train, val = (rectify.list_samples(folder, split) for split in ("train", "val"))
+    recipe, names = distill.recipe_of(segmenter), segmenter.names
+    train, val = rectify.splits(rectify.dataset_folder(segmenter.cfg))
     cfg = distill.complete(distill.Config(dataset=dataset, epochs=epochs, seed=seed, **weights), segmenter)
     torch.manual_seed(seed)
     R = teacher.R if cfg.teacher == "reclip" else None
