@@ -84,10 +84,10 @@ def test_the_file_segments_a_picture(done, folder, tmp_path, picture, size):
     printed = run(export, "--run", done.out / "student.onnx", "--image", folder / picture, "--mask", tmp_path / "m.png")
     with Image.open(tmp_path / "m.png") as mask:
         assert mask.mode == "P" and mask.size == size
-        shares = np.bincount(np.asarray(mask).ravel(), minlength=256) / (size[0] * size[1])
-    assert shares[1:21].sum() == 1
-    largest = rectify.VOC_NAMES[shares.argmax() - 1]
-    assert re.search(rf"m\.png: {largest} {shares.max():.0%}", printed)
+        pixels = np.bincount(np.asarray(mask).ravel(), minlength=256)
+    assert pixels[1:21].sum() == pixels.sum() == size[0] * size[1]
+    largest = rectify.VOC_NAMES[pixels.argmax() - 1]
+    assert re.search(rf"m\.png: {largest} {pixels.max() / pixels.sum():.0%}", printed)
 
 
 def test_masks_of_equal_stems_are_told_apart(done, folder, tmp_path):
