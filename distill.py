@@ -12,9 +12,11 @@ features, on unlabelled pictures, and then needs no CLIP at all.
 Read it top to bottom: 1 configuration, 2 data, 3 teacher, 4 student, 5 losses, 6 training, 7 evaluation, 8 main.
 The letters are rectify.py's, and: u the student's pixel feature, B×D×s×s on a grid of 8 px; S side of a crop, s = ⌈S/8⌉.
 """
+import contextlib
 import json
 import math
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -28,10 +30,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 import rectify
-from rectify import (HERE, RANK, VOID, WORLD, Segmenter, UserError, command_line, contrastive_loss, dataset_folder, denoise,
-                     evaluate, figure4, figure5, first_alone, fit, hypothesise, in_step, load_checkpoint, load_image, load_label,
-                     newest, option, order_of, predict, print_table, refuse_other_run, run, save, similarity, splits, tqdm,
-                     versions, write_text)
+from rectify import (COMPILERS, HERE, RANK, VOID, WORLD, Segmenter, UserError, command_line, contrastive_loss, dataset_folder,
+                     denoise, evaluate, figure4, figure5, first_alone, fit, hypothesise, in_bf16, in_step, load_checkpoint,
+                     load_image, load_label, newest, option, order_of, predict, print_table, read_ahead, refuse_other_run, run,
+                     save, similarity, splits, tqdm, versions, write_text)
 
 # ================================================================================================== 1 configuration
 
@@ -74,6 +76,7 @@ class Config:
     tta: bool = option(False, "measure with flips and three scales")
     seed: int = option(0, "seed of everything random")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda"])
+    compile: bool = option(False, "torch.compile the student in training: a minute at the start, for long runs on a GPU")
     resume: bool = option(False, "go on with the interrupted run")
     eval: str = option("", "evaluate this student.pt instead of training")
 
@@ -115,6 +118,7 @@ def complete(cfg, segmenter):
             (is_folder(cfg.teacher) and Path(cfg.teacher).resolve().name == "maskclip",
              f"--teacher {cfg.teacher}: a folder of this name would be taken for MaskCLIP+; rename it"),
             (cfg.epochs < 1 or cfg.batch < WORLD, f"--epochs starts at 1, and --batch at {WORLD}, an image for each process"),
+            (cfg.compile and not any(map(shutil.which, COMPILERS)), f"--compile wants a C++ compiler ({', '.join(COMPILERS)})"),
             (cfg.lr <= 0 or cfg.width <= 0, "--lr and --width must be positive"),
             (min(*weights, cfg.feature_weight) < 0 or max(weights) == 0,
              "the weights of the losses: none below 0, one above (masks have no feature-guided loss)")]:
@@ -227,8 +231,8 @@ class Teacher:
         Cost: 3·N passes of CLIP; N·(C + D)·h·w·2 bytes; of several processes in each, since any may need any picture.
         """
         size, self.known = rectify.recipe_of(self.segmenter.cfg)["size"], []
-        for sample in tqdm(samples, "teacher", unit="img", leave=False):
-            image = fit(load_image(sample.image), size)
+        images = read_ahead(lambda sample: fit(load_image(sample.image), size), samples)
+        for image in tqdm(images, "teacher", len(samples), unit="img", leave=False):
             logits, f = (m[:1] / 2 + m[1:].flip(-1) / 2 for m in self(torch.stack([image, image.flip(-1)])))
             unnamed = ~hypothesise(self.segmenter, image[None])[0, :, None, None]       # C 1 1
             logits = logits - self.doubt * logits.std() * unnamed
@@ -246,10 +250,11 @@ def lesson(teacher, batch, recipe, device):
     """
     indices, images, masks, truths = zip(*batch)
     S, f = recipe["crop"], None
-    theta = torch.stack([random_window(image.shape[1:], recipe) for image in images]).to(device)
-    cut = lambda labels: look([label[None].to(device) for label in labels], theta, S, "nearest")[:, 0].long()       # B S S
+    theta = torch.stack([random_window(image.shape[1:], recipe) for image in images])
+    theta, on_device = theta.to(device, non_blocking=True), lambda maps: [m.to(device, non_blocking=True) for m in maps]
+    cut = lambda labels: look([label[None] for label in on_device(labels)], theta, S, "nearest")[:, 0].long()       # B S S
     inside = F.affine_grid(theta, (len(batch), 1, S, S), align_corners=False).abs().amax(-1) <= 1                   # B S S
-    x = look([image.to(device, non_blocking=True) for image in images], theta, S) * inside[:, None]        # B 3 S S
+    x = look(on_device(images), theta, S) * inside[:, None]                                                         # B 3 S S
     if teacher is None:
         label = cut(masks)
     else:
@@ -259,9 +264,9 @@ def lesson(teacher, batch, recipe, device):
             (logits, f), window = teacher(x.round().byte()), torch.eye(2, 3, device=device).expand_as(theta)
         label = look(logits, window, S).argmax(1)                                       # B S S
         f = look(f, window, -(-S // 8))                                                 # B D s s
-    label[~inside] = VOID
+    label.masked_fill_(~inside, VOID)
     if truths[0] is not None:
-        label[cut(truths) == VOID] = VOID
+        label.masked_fill_(cut(truths) == VOID, VOID)
     return torch.stack([v2.RandomPhotometricDistort()(crop) for crop in x / 255]), label, f
 
 
@@ -319,7 +324,7 @@ class DeepLabV2(nn.Module):
         self.register_buffer("scale", torch.tensor(float(scale)))
 
     def forward(self, x):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.training and x.is_cuda):
+        with in_bf16(x.device) if self.training else contextlib.nullcontext():
             x = self.backbone(x)[0]                                                     # B channels s s
             u = sum(conv(x) for conv in self.aspp)                                      # B D s s
         u = u.float()
@@ -331,9 +336,18 @@ def prepare(x):
     return v2.functional.normalize(x, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
+def make_student(cfg, segmenter):
+    """The DeepLabV2 that a Config asks for, in the text space of the teacher's CLIP; beyond its backbone nothing is trained yet."""
+    recipe = recipe_of(segmenter)
+    with torch.no_grad():
+        R = segmenter.reference() if cfg.teacher == "reclip" else None
+    return DeepLabV2(cfg.backbone, segmenter.T, R, segmenter.scale, recipe["rates"], cfg.width,
+                     recipe["weights"]).to(segmenter.device)
+
+
 def load_student(path, device="cpu"):
     """(DeepLabV2 in eval mode, the dict of student.pt). No CLIP is loaded. Raises UserError."""
-    state = load_checkpoint(Path(path), "student")
+    state = load_checkpoint(Path(path), "student", Config)
     config, weights = state["config"], state["student"]
     try:
         student = DeepLabV2(config["backbone"], weights["T"], rates=state["rates"], width=config["width"])
@@ -430,7 +444,7 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
     before = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").is_file() else []
     rectifying = [entry for entry in before if '"stage": "distill"' not in entry]
     if cfg.resume and partial.is_file():
-        state = load_checkpoint(partial, "student")
+        state = load_checkpoint(partial, "student", Config)
         refuse_other_run(state, cfg, names, partial)
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
@@ -441,7 +455,7 @@ def train(student, teacher, pictures, cfg, names, recipe, out):
     if teacher and cfg.targets == "once" and teacher.known is None:
         teacher.ask_once(pictures.samples)
 
-    model, per_epoch = in_step(student, device), -(-N // cfg.batch)
+    model, per_epoch = in_step(student, device, cfg.compile), -(-N // cfg.batch)
     bar = tqdm(total=cfg.epochs * per_epoch, initial=begin * per_epoch, desc="student", unit="step")
     for epoch in range(begin, cfg.epochs):
         batches = [i for i in order_of(cfg.seed, epoch, N).split(cfg.batch) if len(i) >= WORLD]
@@ -520,7 +534,7 @@ def main(argv=None):
     if cfg.eval:
         home = Path(cfg.eval).parent
         home = home if (home / "rectify.pt").is_file() else home.parent                 # MaskCLIP+ lies in a folder of its own
-        config = load_checkpoint(Path(cfg.eval), "student")["config"]
+        config = load_checkpoint(Path(cfg.eval), "student", Config)["config"]
         cfg = replace(Config(**config), eval=cfg.eval, tta=cfg.tta, device=cfg.device, resume=False, out=cfg.out or str(home))
     checkpoint = find_checkpoint(cfg)
     print(f"distilling {checkpoint}")
@@ -553,10 +567,8 @@ def main(argv=None):
                   "and it is not unsupervised")
         out.mkdir(parents=True, exist_ok=True)
         teacher = None if masks else Teacher(segmenter, cfg.teacher, recipe["least"], recipe["doubt"])
-        R = teacher.R if cfg.teacher == "reclip" else None
-        with first_alone():
-            student = DeepLabV2(cfg.backbone, segmenter.T, R, segmenter.scale, recipe["rates"], cfg.width, recipe["weights"])
-        student = student.to(device)
+        with first_alone():                             # the backbone's weights may be a download
+            student = make_student(cfg, segmenter)
         size = sum(p.numel() for p in student.parameters()) / 1e6
         print(f"{cfg.teacher} teaches {cfg.backbone}, {size:.2f} M parameters: "
               f"{len(samples)} images to learn from, {len(val)} labelled ones to measure on, {len(names)} classes, {device}")

@@ -16,10 +16,12 @@ P space-preference bias, B bias logit map, M mask, y image-level hypothesis. Sha
 each; C classes, D dimensions of f, T and R, d of a token, L and n tokens of a prompt and a name, h×w patches, H×W pixels.
 """
 import argparse
+import collections
 import contextlib
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -31,6 +33,7 @@ import tarfile
 import time
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from http.client import HTTPException
@@ -88,6 +91,7 @@ RECIPES = {
 # weights, trained with QuickGELU, are computed with GELU, on pictures normalised by ImageNet's mean and standard deviation. The
 # hypothesis alone comes from the row's own CLIP (`Segmenter.stock`).
 REGIME_2024 = dict(clip="ViT-B-16", preprocess=dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)))
+COMPILERS = ("g++", "clang++", "cl")                    # one of them is what torch.compile wants
 SHARPNESS = {"reclip": 100, "reclip++": 10}             # of prompt denoising: softmax(sharpness · logits), authors' code
 
 
@@ -127,6 +131,8 @@ class Config:
     finetune: bool = option(False, "train CLIP's image encoder too (the ablation of Table 8)")
     seed: int = option(0, "seed of everything random")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda"])
+    precision: str = option("auto", "of CLIP's image tower; auto: bf16 on a GPU that has it", ["auto", "fp32", "bf16"])
+    compile: bool = option(False, "torch.compile the training step: a minute at the start, for long runs on a GPU")
     resume: bool = option(False, "go on with the interrupted run in --out")
     eval: str = option("", "evaluate this checkpoint instead of training")
     image: str = option("", "segment this picture instead of training, with --names and the checkpoint in --out")
@@ -166,6 +172,7 @@ def complete(cfg):
             (cfg.recipe and cfg.clip != recipe["clip"],
              f"--clip {cfg.clip}: --recipe 2024 is {recipe['clip']}'s; leave out one of the two (--pretrained FILE may stay)"),
             (":" not in cfg.clip and not cfg.pretrained, f"--clip {cfg.clip} needs --pretrained: open_clip's tag, or a file"),
+            (cfg.compile and not any(map(shutil.which, COMPILERS)), f"--compile wants a C++ compiler ({', '.join(COMPILERS)})"),
             (cfg.data and not cfg.names, "--data needs --names: a file with one class name a line")]:
         if bad:
             raise UserError(message)
@@ -500,6 +507,21 @@ def load_label(path, size, classes):
     return torch.from_numpy(np.where(label == 0, VOID, label - (label != VOID)).astype(np.uint8))
 
 
+def read_ahead(read, samples, ahead=32):
+    """Yield read(sample) of each, in order, while threads read the next ones: decoding a picture leaves Python's lock alone.
+
+    No more than `ahead` wait in memory (from Python 3.14 on, Executor.map can promise that itself).
+    """
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+        waiting = collections.deque()
+        for sample in samples:
+            waiting.append(pool.submit(read, sample))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def fit(image, size, factor=1.0):
     """Resize 3×H×W so that the long and short side are at most `size` = (long, short), times `factor`; bilinear."""
     height, width = image.shape[-2:]
@@ -517,10 +539,12 @@ def batches_of_one_size(samples, batch, classes=None):
 
     Streamed: no more than 4 · batch pictures wait for others of their size. A batch ends early at LARGEST_BATCH pixels.
     """
-    waiting = {}
-    for sample in samples:
+    def read(sample):
         image = load_image(sample.image)
-        label = load_label(sample.label, image.shape[1:], classes) if classes else None
+        return sample, image, load_label(sample.label, image.shape[1:], classes) if classes else None
+
+    waiting = {}
+    for sample, image, label in read_ahead(read, samples):
         group = waiting.setdefault(image.shape, [])
         group.append((sample, image, label))
         if len(group) == batch or (len(group) + 1) * image[0].numel() > LARGEST_BATCH:
@@ -639,9 +663,18 @@ def encode_image(clip, x, features):
         x = block(x)
     x = last_block(visual.transformer.resblocks[-1], x, grid, features)
     if features == "stock":
-        return F.normalize(visual._pool(x)[0] @ visual.proj, dim=-1)                    # B D
-    f = visual.ln_post(x[:, 1:]) @ visual.proj                                          # B hw D
+        return F.normalize((visual._pool(x)[0] @ visual.proj).float(), dim=-1)          # B D
+    f = (visual.ln_post(x[:, 1:]) @ visual.proj).float()                                # B hw D; float: also in_bf16 of length 1
     return F.normalize(f, dim=-1).mT.unflatten(-1, grid)                                # B D h w
+
+
+def in_bf16(device, precision="auto"):
+    """Autocast to bfloat16 for what is large: CLIP's image tower, and the student in training. auto: on a GPU that has it.
+
+    Not for the text encoder: a training step has few tokens for it, and would cast its frozen weights anew each time.
+    """
+    there = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=there if precision == "auto" else precision == "bf16")
 
 
 def templates():
@@ -684,9 +717,10 @@ def _text(clip):
 def name_tokens(clip, tokenizer, names):
     """The bare names as tokens, C×n int, n the longest name and EOT; padded with 0. Returns (tokens, longest prompt L)."""
     tokens = tokenizer(names)[:, 1:]                                                    # drop SOS
-    longest, context = int((tokens != 0).sum(1).max()), _text(clip).positional_embedding.size(0)
+    lengths, context = tokens.argmax(1) + 1, _text(clip).positional_embedding.size(0)   # EOT has the largest number
+    longest = int(lengths.max())
     if longest + 1 >= context:                          # the tokenizer has cut it, and no learnable token would fit
-        name = names[int((tokens != 0).sum(1).argmax())]
+        name = names[int(lengths.argmax())]
         raise UserError(f"class name '{name}' is too long for this CLIP's {context} tokens; shorten it")
     tokens = tokens[:, :longest].to(clip.logit_scale.device)
     unmet = (_text(clip).token_embedding(tokens) == 0).all(-1).any(1)                       # rows the tiny CLIP never trained
@@ -704,16 +738,17 @@ def reference_features(clip, V, tokens):
     sequence, and the mask hides them from each other. Cost: 1+L+C·n tokens instead of C·(1+L+n).
     """
     text, (C, n), L, device = _text(clip), tokens.shape, V.size(-2), tokens.device
+    arange = functools.partial(torch.arange, device=device)
     prompts, behind = (1, C) if V.ndim == 2 else (C, 1)                                 # how many, and names behind each
     sos = text.token_embedding.weight[-2].expand(prompts, 1, -1)                        # SOS is the last but one word
     names = text.token_embedding(tokens).view(prompts, behind * n, -1)
     x = torch.cat([sos, V.view(prompts, L, -1), names], dim=1)                          # prompts 1+L+behind·n d
-    place = torch.cat([torch.arange(1 + L), (1 + L + torch.arange(n)).repeat(behind)]).to(device)
-    name = torch.cat([torch.full((1 + L,), -1), torch.arange(behind).repeat_interleave(n)]).to(device)  # -1: the prompt's own
+    place = torch.cat([arange(1 + L), (1 + L + arange(n)).repeat(behind)])
+    name = torch.cat([torch.full((1 + L,), -1, device=device), arange(behind).repeat_interleave(n)])    # -1: the prompt's own
     seen = (place <= place[:, None]) & ((name == -1) | (name == name[:, None]))         # row sees column
     mask = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)
     x = text.ln_final(text.transformer(x + text.positional_embedding[place], attn_mask=mask))
-    ends = x[:, 1 + L:].reshape(C, n, -1)[torch.arange(C), tokens.argmax(1)]            # at EOT, which has the largest number
+    ends = x[:, 1 + L:].reshape(C, n, -1)[arange(C), tokens.argmax(1)]                  # at EOT, which has the largest number
     return ends @ text.text_projection                                                  # C D
 
 
@@ -826,7 +861,8 @@ class Segmenter(nn.Module):
 
     def features(self, images, clip=None):
         """f: B×D×h×w of uint8 pictures B×3×H×W."""
-        return encode_image(clip or self.clip, normalise(self.clip, images.to(self.device)), self.cfg.features)
+        with in_bf16(self.device, self.cfg.precision):
+            return encode_image(clip or self.clip, normalise(self.clip, images.to(self.device)), self.cfg.features)
 
     def maskclip(self, images, f):
         """MaskCLIP's dense features, the baseline's, of pictures whose own are f: the same where the encoder was not trained."""
@@ -899,7 +935,9 @@ def hypothesise(segmenter, images):
     side = clip.visual.image_size[0]
 
     def see(x):
-        return encode_image(clip, normalise(clip, x.to(segmenter.device)), "stock") @ T.T                       # B C
+        with in_bf16(segmenter.device, cfg.precision):
+            feature = encode_image(clip, normalise(clip, x.to(segmenter.device)), "stock")                      # B D
+        return feature @ T.T                                                                                    # B C
 
     if cfg.hypothesis == "windows":
         x, window = fit(images, recipe["size"]), recipe["window"]
@@ -978,8 +1016,8 @@ def training_data(segmenter, samples):
     """Everything frozen, computed once: x, valid, y.
 
     x: K×N×D×h×w half, the dense features f of K augmented views of each image; K×N×3×crop×crop uint8, the views themselves,
-    where the encoder is trained too; where `make_room` finds room. valid: K×N×h×w bool, patches that are picture.
-    y: N×C bool, the hypothesis. Of several processes each computes and keeps every WORLD-th image.
+    where the encoder is trained too. valid: K×N×h×w bool, patches that are picture. y: N×C bool, the hypothesis. All lie where
+    `make_room` finds room for x. Of several processes each computes and keeps every WORLD-th image.
     A view depends on the seed and its numbers alone. Cost: (K + 1)·N passes of CLIP; K·N·D·h·w·2 bytes.
     """
     cfg, recipe, device = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.device
@@ -988,22 +1026,23 @@ def training_data(segmenter, samples):
     first = torch.arange(0, crop, segmenter.clip.visual.patch_size[0])                  # first pixel of every patch
     shape = (3, crop, crop) if cfg.finetune else (segmenter.T.size(1), len(first), len(first))
     x = make_room((K, N, *shape), torch.uint8 if cfg.finetune else torch.half, device, Path(cfg.out))
-    valid = torch.empty(K, N, len(first), len(first), dtype=torch.bool, device=device)
+    valid = torch.empty(K, N, len(first), len(first), dtype=torch.bool, device=x.device)
 
     def view(image, n, k):
         torch.manual_seed(int(np.random.SeedSequence([cfg.seed, n, k]).generate_state(1)[0]))
         return augmented(image, recipe)
 
+    images = read_ahead(lambda sample: load_image(sample.image), samples)
     for start in tqdm(range(0, N, 32), "dense features", leave=False):
-        images = [load_image(sample.image) for sample in samples[start:start + 32]]
-        rows = slice(start, start + len(images))
+        some = [image.to(device) for image in itertools.islice(images, 32)]             # what follows is the device's work
+        rows = slice(start, start + len(some))
         for k in range(K):
-            crops, extents = zip(*(view(image, n, k) for image, n in zip(images, numbers[rows])))
+            crops, extents = zip(*(view(image, n, k) for image, n in zip(some, numbers[rows])))
             height, width = torch.tensor(extents).T[..., None]                          # B 1, B 1
             valid[k, rows] = (first < height)[:, :, None] & (first < width)[:, None]
             crops = torch.stack(crops)
             x[k, rows] = crops if cfg.finetune else segmenter.features(crops).half()
-    return x, valid, hypotheses(segmenter, samples).to(device)
+    return x, valid, hypotheses(segmenter, samples).to(x.device)
 
 
 def order_of(seed, epoch, N):
@@ -1018,10 +1057,25 @@ def order_of(seed, epoch, N):
     return order
 
 
-def in_step(module, device, **options):
-    """The module itself, or, of several processes, with gradients that are their mean (PyTorch's DistributedDataParallel)."""
-    gpu = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, gpu, **options) if WORLD > 1 else module
+def own_batches(order, batch, device):
+    """An epoch's batches as one of several processes sees them: (where it keeps its own images of a batch, the batch's size, weight).
+
+    weight: 1 for a fair share of the batch; who has no image in it goes along with its first one, at 0. All indices go to the
+    device at once: a copy for each step would make the host wait for it.
+    """
+    batches = order.split(batch)
+    own = [i[i % WORLD == RANK] // WORLD for i in batches]
+    weights = [len(i) * WORLD / len(all) for i, all in zip(own, batches)]
+    own = [i if len(i) else torch.zeros(1, dtype=torch.long) for i in own]
+    return zip(torch.cat(own).to(device).split([*map(len, own)]), map(len, batches), weights)
+
+
+def in_step(module, device, compile, **options):
+    """The module as training calls it: of several processes with the mean of their gradients (DDP), and compiled where asked."""
+    if WORLD > 1:
+        gpu = [device.index] if device.type == "cuda" else None
+        module = nn.parallel.DistributedDataParallel(module, gpu, **options)
+    return torch.compile(module) if compile else module
 
 
 def train(segmenter, data, N, out, resume):
@@ -1058,23 +1112,21 @@ def train(segmenter, data, N, out, resume):
 
     if device.type == "cuda" and WORLD > 1:             # BatchNorm sees the whole batch, which it can on GPUs only
         nn.SyncBatchNorm.convert_sync_batchnorm(rectifier)
-    model = in_step(segmenter, device, find_unused_parameters=cfg.space == "off" or cfg.finetune)
+    model = in_step(segmenter, device, cfg.compile, find_unused_parameters=cfg.space == "off" or cfg.finetune)
     steps = -(-N // cfg.batch)
     bar = tqdm(total=cfg.epochs * steps, initial=begin * steps, desc=cfg.method, unit="step")
     for epoch in range(begin, cfg.epochs):
         k, total = epoch % cfg.views, torch.zeros((), device=device)
         rectifier.train()
-        for i in order_of(cfg.seed, epoch, N).split(cfg.batch):
-            own = i[i % WORLD == RANK] // WORLD         # where this process has its images
-            weight = len(own) * WORLD / len(i)          # 1 for a fair share; who has none goes along with its first image at 0
-            own = own if weight else torch.zeros(1, dtype=torch.long)
-            logits, f = model(x[k, own].to(device))
+        for i, size, weight in own_batches(order_of(cfg.seed, epoch, N), cfg.batch, x.device):
+            logits, f = model(x[k, i].to(device))
             M = gumbel_mask(logits, cfg.alpha)
-            loss = weight * contrastive_loss(M, f, segmenter.T, y[own], segmenter.scale, valid[k, own], cfg.pool)
+            present, picture = y[i].to(device), valid[k, i].to(device)
+            loss = weight * contrastive_loss(M, f, segmenter.T, present, segmenter.scale, picture, cfg.pool)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += loss.detach() * len(i)
+            total += loss.detach() * size
             bar.update()
         if WORLD > 1:
             distributed.all_reduce(total)
@@ -1100,18 +1152,16 @@ def save(path, state):
     temporary.replace(path)
 
 
-def load_checkpoint(path, part="rectifier"):
+def load_checkpoint(path, part="rectifier", config=Config):
     """A checkpoint of ours, which holds the weights of this part: tensors and plain values, nothing that could run.
 
-    Raises UserError.
+    config: the dataclass that its configuration must fit. Raises UserError.
     """
     maker = {"rectifier": "rectify.py", "student": "distill.py"}[part]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["config"], state["names"], state[part]    # KeyError where one is missing
-        if part == "rectifier":
-            Config(**state["config"])                   # TypeError where another version wrote it
-        return state
+        state["names"], state[part], config(**state["config"])      # KeyError where one is missing, TypeError where another
+        return state                                                # version wrote it
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; make it with `python {maker}`")
     except Exception as error:                          # torch.load has no error class of its own for files not its own
@@ -1121,7 +1171,7 @@ def load_checkpoint(path, part="rectifier"):
 def refuse_other_run(state, cfg, names, path):
     """Raise UserError where a checkpoint was trained with other settings than those asked for now."""
     ours = asdict(cfg)
-    free = {"device", "resume", "eval", "image", "out", "root", "tta"}          # tta is distill.py's
+    free = {"device", "resume", "eval", "image", "out", "root", "compile", "tta"}       # tta is distill.py's
     other = [k for k, v in state["config"].items() if k not in free and v != ours.get(k)]
     if other or state["names"] != names:
         what = f"--{other[0]} {state['config'][other[0]]}, not {ours.get(other[0])}" if other else "other class names"
@@ -1223,7 +1273,7 @@ def judge(y, truth):
 
 def classes_present(samples, C):
     """N×C bool, the classes that ground truth shows in each sample."""
-    labels = (load_label(s.label, load_image(s.image).shape[1:], C) for s in samples)
+    labels = read_ahead(lambda s: load_label(s.label, load_image(s.image).shape[1:], C), samples)
     return torch.stack([torch.bincount(label.flatten().long(), minlength=VOID + 1)[:C] > 0 for label in labels])
 
 

@@ -153,8 +153,8 @@ def bench(sizes, device, folder):
 
     lessons, recipe = distill.complete(distill.Config(targets="crop"), segmenter), distill.recipe_of(segmenter)
     teacher = distill.Teacher(segmenter, "reclip", recipe["least"], recipe["doubt"])
-    student = distill.DeepLabV2(lessons.backbone, segmenter.T, teacher.R, segmenter.scale, recipe["rates"], lessons.width)
-    student = student.train().to(device, memory_format=torch.channels_last if gpu else torch.preserve_format)
+    student = distill.make_student(lessons, segmenter).train()
+    student = student.to(memory_format=torch.channels_last if gpu else torch.preserve_format)
     torch.backends.cudnn.benchmark = True               # as distill.train has it
     descent = torch.optim.SGD(student.parameters(), lessons.lr, momentum=0.9, weight_decay=5e-4)
     pictures = distill.Pictures(samples, recipe["size"], None, len(segmenter.names), False)

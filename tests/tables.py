@@ -7,6 +7,7 @@
     python tests/tables.py table11          # DeepLabV2, taught by MaskCLIP, ReCLIP, ReCLIP++ and folders of masks (--masks)
     python tests/tables.py losses           # DeepLabV2 with some of its three losses, after four epochs, of runs/<dataset>
     python tests/tables.py views            # augmented views computed once, against new ones in every epoch
+    python tests/tables.py precision        # CLIP's image tower in fp32 and in bfloat16, which is the default on a GPU
 
 Each takes --dataset voc, context or ade too (not `readings`), with --recipe 2024 in the regime of the CVPR paper, and --seeds.
 Fig. 1(a), 4 and 5 are drawn by every run of rectify.py.
@@ -45,6 +46,9 @@ VARIANTS = {
     "views": lambda dataset: {
         f"{title}, views: {K}": options | dict(views=K) for title, options in BOTH.items()
         for K in (1, 2, rectify.RECIPES["emoji"]["epochs"])},                           # the last: there, new ones in every epoch
+    "precision": lambda dataset: {
+        f"{title}, {precision}": options | dict(precision=precision) for title, options in BOTH.items()
+        for precision in ("fp32", "bf16")},
 }
 # (table, dataset, regime): {row: mIoU}; Tables 8, 9 and 11, and for `main` the methods' own
 PUBLISHED = {
@@ -69,12 +73,14 @@ def rectified(options, seed, most_views, kept):
     torch.manual_seed(seed)
     segmenter = rectify.Segmenter(cfg, names, rectify.pick_device(cfg))
     with tempfile.TemporaryDirectory() as out:
-        if cfg.finetune not in kept:
+        shared = cfg.finetune, cfg.precision
+        if shared not in kept:
             segmenter.cfg = rectify.replace(cfg, views=max(most_views, cfg.views), out=out)
-            kept[cfg.finetune] = rectify.training_data(segmenter, train)[:2]
+            kept[shared] = rectify.training_data(segmenter, train)[:2]
             segmenter.cfg = cfg
-        y = rectify.hypotheses(segmenter, train).to(segmenter.device)
-        rectify.train(segmenter, (*kept[cfg.finetune], y), len(y), Path(out), resume=False)
+        x, valid = kept[shared]
+        y = rectify.hypotheses(segmenter, train).to(x.device)
+        rectify.train(segmenter, (x, valid, y), len(y), Path(out), resume=False)
     results, _ = rectify.evaluate(lambda images: rectify.predict(segmenter, images), val, names)
     quality = rectify.judge(rectify.hypotheses(segmenter, val), rectify.classes_present(val, len(names)))
     mine, base = (results[method]["mIoU"] for method in (cfg.method, "maskclip"))
@@ -106,11 +112,10 @@ def taught(dataset, weights, seed, kept, epochs=4):
     train, val = rectify.splits(rectify.dataset_folder(segmenter.cfg))
     cfg = distill.complete(distill.Config(dataset=dataset, epochs=epochs, seed=seed, **weights), segmenter)
     torch.manual_seed(seed)
-    R = teacher.R if cfg.teacher == "reclip" else None
-    student = distill.DeepLabV2(cfg.backbone, segmenter.T, R, segmenter.scale, recipe["rates"], cfg.width, recipe["weights"])
+    student = distill.make_student(cfg, segmenter)
     with tempfile.TemporaryDirectory() as out:
         pictures = distill.Pictures(train, recipe["size"], None, len(names), False)
-        distill.train(student.to(segmenter.device), teacher, pictures, cfg, names, recipe, Path(out))
+        distill.train(student, teacher, pictures, cfg, names, recipe, Path(out))
     masks = lambda images: {"student": distill.predict_student(student, images, recipe["size"])}
     return {"mIoU": rectify.evaluate(masks, val, names)[0]["student"]["mIoU"]}
 
