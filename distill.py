@@ -1,6 +1,6 @@
 """Distil a rectified CLIP into DeepLabV2, a plain convolutional segmenter (ReCLIP, CVPR 2024; Tables 11 and 12).
 
-A rectified CLIP is slow and decides once a patch. The student learns from its masks, its dense features and its text
+A rectified CLIP is slow. The student learns from its masks, its dense features and its text
 features, on unlabelled pictures, and then needs no CLIP at all.
 
     python distill.py                                # goes on with the newest rectify.pt under runs/
@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 import rectify
-from rectify import (COMPILERS, HERE, RANK, VOID, WORLD, Segmenter, UserError, command_line, contrastive_loss, dataset_folder,
-                     denoise, evaluate, figure4, figure5, first_alone, fit, hypothesise, in_bf16, in_step, load_checkpoint,
-                     load_image, load_label, newest, option, order_of, predict, print_table, read_ahead, refuse_other_run, run,
-                     save, similarity, splits, tqdm, versions, write_text)
+from rectify import (COMPILERS, HERE, RANK, VOID, WORLD, PhotometricDistort, Segmenter, UserError, command_line,
+                     contrastive_loss, dataset_folder, denoise, evaluate, figure4, figure5, first_alone, fit, hypothesise,
+                     in_bf16, in_step, load_checkpoint, load_image, load_label, newest, option, order_of, predict, print_table,
+                     read_ahead, refuse_other_run, run, save, similarity, splits, tqdm, versions, write_text)
 
 # ================================================================================================== 1 configuration
 
@@ -42,7 +42,7 @@ from rectify import (COMPILERS, HERE, RANK, VOID, WORLD, Segmenter, UserError, c
 # read mostly padding. width: of the backbone, as a share of its own. weights: what it starts from, timm's "imagenet" or a file
 # (Emoji VOC ships one, trained on 1,249 emoji that it does not show). head: learning rate of ASPP, times lr. targets: the
 # teacher sees each training crop (paper), or each whole picture and its mirror image once, from which crops are then cut:
-# three passes of CLIP in all; the teacher does not see how the crop looks. least: prompt denoising of the teacher.
+# three passes of CLIP for a picture in all; the teacher does not see how the crop looks. least: prompt denoising of the teacher.
 # doubt: `ask_once`. stretch: how far the shape of a picture may change in training, since export.py shows the student every
 # picture as a square. floor: no learning rate falls below it.
 PUBLISHED = dict(backbone="resnet50c", width=1.0, weights="imagenet", rates=(6, 12, 18, 24), targets="crop", least=0.5, stretch=1,
@@ -54,7 +54,7 @@ RECIPES = {
     "voc": dict(PUBLISHED, epochs=100), "context": dict(PUBLISHED, epochs=50), "ade": dict(PUBLISHED, epochs=20),
 }
 SHARPNESS = 10                                          # denoising the teacher: softmax(10 · logits), as the authors distil
-LONGEST = 10.0                                          # gradients are clipped to this norm: norm(u) is steep where u is short
+MAX_GRAD_NORM = 10.0                                    # norm(u) is steep where u is short
 TTA_SCALES = (0.75, 1.0, 1.25)
 
 
@@ -93,7 +93,7 @@ def find_checkpoint(cfg):
 
 
 def recipe_of(segmenter):
-    """The recipe for a teacher's data: rectify.py's row and over it the one here (own folders take Emoji VOC's)."""
+    """The recipe for a teacher's data: the row of rectify.py that it was trained with, and over it the one here."""
     return {**rectify.recipe_of(segmenter.cfg), **RECIPES[segmenter.cfg.dataset]}
 
 
@@ -119,7 +119,7 @@ def complete(cfg, segmenter):
              f"--teacher {cfg.teacher}: a folder of this name would be taken for MaskCLIP+; rename it"),
             (cfg.epochs < 1 or cfg.batch < WORLD, f"--epochs starts at 1, and --batch at {WORLD}, an image for each process"),
             (cfg.compile and not any(map(shutil.which, COMPILERS)), f"--compile wants a C++ compiler ({', '.join(COMPILERS)})"),
-            (cfg.lr <= 0 or cfg.width <= 0, "--lr and --width must be positive"),
+            (not 0 < cfg.lr < 1e6 or not 0 < cfg.width < 1e6, "--lr and --width must be positive, and below a million"),
             (min(*weights, cfg.feature_weight) < 0 or max(weights) == 0,
              "the weights of the losses: none below 0, one above (masks have no feature-guided loss)")]:
         if bad:
@@ -138,7 +138,7 @@ class Pictures(Dataset):
     """What a step needs of each training picture: (index, picture 3×H×W uint8, mask H×W or None, truth H×W or None).
 
     The mask is another method's, from `folder`; the truth is read only for --ignore-gt-background. Both uint8 with 255 void,
-    of the file's size, while the picture has the recipe's. A DataLoader's workers decode; all else happens on the device.
+    of the file's size, while the picture has the recipe's. A DataLoader's workers decode and resize; the device does all else.
     """
 
     def __init__(self, samples, size, folder, classes, ignore_background):
@@ -189,20 +189,25 @@ def random_window(size, recipe):
     return torch.tensor([[sign * a, 0, (1 - a) * (2 * x - 1)], [0, b, (1 - b) * (2 * y - 1)]])
 
 
+def grid_of(theta, side):
+    """Where windows θ B×2×3 look, B×side×side×2; on a GPU by way of doubles, since the product would be rounded to TF32."""
+    theta = theta.double() if theta.is_cuda else theta
+    return F.affine_grid(theta, (len(theta), 1, side, side), align_corners=False).float()
+
+
 def look(maps, theta, side, mode="bilinear"):
     """What windows show of maps: a list of B maps C×h×w (any sizes, any grid of the picture) and θ B×2×3 to B×C×side×side.
 
     Beyond a map's edge its border is repeated.
     """
-    grids = F.affine_grid(theta, (len(theta), 1, side, side), align_corners=False)      # B side side 2
     return torch.cat([F.grid_sample(m[None].float(), g[None], mode, padding_mode="border", align_corners=False)
-                      for m, g in zip(maps, grids)])
+                      for m, g in zip(maps, grid_of(theta, side))])
 
 
 # ======================================================================================================== 3 teacher
 
 class Teacher:
-    """A frozen teacher, in eval mode and with CLIP's own normalisation; `known` is what `ask_once` heard, if it was called."""
+    """A frozen teacher, in eval mode and with its CLIP's normalisation; `known` is what `ask_once` heard, if it was called."""
 
     @torch.no_grad()
     def __init__(self, segmenter, method, least, doubt):
@@ -211,7 +216,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images):
-        """Denoised logits B×C×h×w and dense features f B×D×h×w of uint8 pictures B×3×H×W.
+        """Logits B×C×h×w, denoised where they are rectified, and dense features f B×D×h×w of uint8 pictures B×3×H×W.
 
         The picture is resized to whole patches, so that the maps cover just what the picture covers.
         """
@@ -219,8 +224,7 @@ class Teacher:
         f = segmenter.features(v2.functional.resize(images, [max(1, round(n / patch)) * patch for n in images.shape[-2:]]))
         if self.method == "maskclip":
             return similarity(f, segmenter.T), f
-        logits = denoise(segmenter.rectified(f, self.R), SHARPNESS, self.least)
-        return logits.clamp(min=-1e4), f                # -inf times an interpolation's 0 would be NaN
+        return denoise(segmenter.rectified(f, self.R), SHARPNESS, self.least), f
 
     def ask_once(self, samples):
         """Keep (logits C×h×w, f D×h×w), half precision, of every whole picture: the mean over the picture and its mirror image.
@@ -250,24 +254,26 @@ def lesson(teacher, batch, recipe, device):
     """
     indices, images, masks, truths = zip(*batch)
     S, f = recipe["crop"], None
-    theta = torch.stack([random_window(image.shape[1:], recipe) for image in images])
-    theta, on_device = theta.to(device, non_blocking=True), lambda maps: [m.to(device, non_blocking=True) for m in maps]
+    on_device = lambda maps: [m.to(device, non_blocking=True) for m in maps]
+    theta = torch.stack([random_window(image.shape[1:], recipe) for image in images]).to(device, non_blocking=True)
     cut = lambda labels: look([label[None] for label in on_device(labels)], theta, S, "nearest")[:, 0].long()       # B S S
-    inside = F.affine_grid(theta, (len(batch), 1, S, S), align_corners=False).abs().amax(-1) <= 1                   # B S S
+    inside = grid_of(theta, S).abs().amax(-1) <= 1                                                                  # B S S
     x = look(on_device(images), theta, S) * inside[:, None]                                                         # B 3 S S
     if teacher is None:
         label = cut(masks)
     else:
         if teacher.known:
-            (logits, f), window = zip(*(teacher.known[i] for i in indices)), theta
+            logits, f = zip(*(teacher.known[i] for i in indices))
+            window = theta
         else:                                           # these maps are the crop's own, the window is all of them
-            (logits, f), window = teacher(x.round().byte()), torch.eye(2, 3, device=device).expand_as(theta)
+            logits, f = teacher(x.round().byte())
+            window = torch.eye(2, 3, device=device).expand_as(theta)
         label = look(logits, window, S).argmax(1)                                       # B S S
         f = look(f, window, -(-S // 8))                                                 # B D s s
     label.masked_fill_(~inside, VOID)
     if truths[0] is not None:
         label.masked_fill_(cut(truths) == VOID, VOID)
-    return torch.stack([v2.RandomPhotometricDistort()(crop) for crop in x / 255]), label, f
+    return torch.stack([PhotometricDistort()(crop) for crop in x / 255]), label, f
 
 
 # ======================================================================================================== 4 student
@@ -337,7 +343,7 @@ def prepare(x):
 
 
 def make_student(cfg, segmenter):
-    """The DeepLabV2 that a Config asks for, in the text space of the teacher's CLIP; beyond its backbone nothing is trained yet."""
+    """The DeepLabV2 that a Config asks for, in the text space of the teacher's CLIP; at most its backbone has been trained."""
     recipe = recipe_of(segmenter)
     with torch.no_grad():
         R = segmenter.reference() if cfg.teacher == "reclip" else None
@@ -420,7 +426,7 @@ def step(model, optimizer, x, label, f, weights, share=1.0):
     found = losses(logits, u, label, f, student.T, student.scale)
     optimizer.zero_grad()
     (share * sum(weights[name] * loss for name, loss in found.items())).backward()
-    nn.utils.clip_grad_norm_(student.parameters(), LONGEST)
+    nn.utils.clip_grad_norm_(student.parameters(), MAX_GRAD_NORM)
     optimizer.step()
     return {name: loss.detach() for name, loss in found.items()}
 

@@ -6,14 +6,16 @@ far from the centre. This script learns that bias from the pictures alone, subtr
     python rectify.py                                    # Emoji VOC, ships with the repository: no GPU, no internet
     python rectify.py --method reclip                    # the CVPR paper's bias model instead of the journal's
     python rectify.py --dataset voc                      # PASCAL VOC 2012 with OpenAI's ViT-B/16; or context, ade
-    python rectify.py --data my_photos --names names.txt # a folder of your own, no labels needed
-    python rectify.py --image photo.jpg --names "dog, horse"    # one picture, any words, with the newest run
+    python rectify.py --dataset voc --data photos --names names.txt     # your own photographs, no labels needed
+    python rectify.py --image photo.jpg --names "dog, horse"    # one picture, any words that the newest run's CLIP knows
     torchrun --nproc-per-node 4 rectify.py --dataset ade        # several GPUs; distill.py too
 
-Read it top to bottom: 1 configuration, 2 data, 3 CLIP, 4 method, 5 training, 6 evaluation, 7 figures, 8 main.
+Read it top to bottom: 1 configuration, 2 data (at first its names and files may be skipped), 3 CLIP, 4 method, 5 training,
+6 evaluation, 7 figures, 8 main.
 The letters are the paper's: f dense feature, T text feature, V learnable prompt, R Reference feature, PE positional embedding,
-P space-preference bias, B bias logit map, M mask, y image-level hypothesis. Shapes: N images, B of them in a batch, K views of
-each; C classes, D dimensions of f, T and R, d of a token, L and n tokens of a prompt and a name, h×w patches, H×W pixels.
+P space-preference bias (C×h×w in ReCLIP, D×h×w in ReCLIP++), B bias logit map, M mask, y image-level hypothesis.
+In shapes: N images, B of them in a batch, K views of each; C classes; D dimensions of f, T and R, d of a token in its tower;
+L and n tokens of a prompt and of a name; h×w patches, H×W pixels.
 """
 import argparse
 import collections
@@ -31,6 +33,7 @@ import shutil
 import sys
 import tarfile
 import time
+import traceback
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -64,8 +67,8 @@ class UserError(Exception):
 # ================================================================================================== 1 configuration
 
 # What each dataset needs. The published settings for the real ones (supplement, Table 12, and the released configs); what
-# measures best on Emoji VOC for itself and for folders of your own. size: (long, short), the sides in px that an image may
-# have. jitter, crop: augmentation. window: px of the sliding hypothesis. whole: the hypothesis sees all of the image, not
+# measures best on Emoji VOC for itself and for folders of your own. size: (long, short), the sides in px that an image is
+# fitted into. jitter, crop: augmentation. window: px of the sliding hypothesis. whole: the hypothesis sees all of the image, not
 # CLIP's centre crop. ring: px, the bins of Fig. 1(a). Where the methods differ, a dict holds the value of each.
 PUBLISHED = dict(
     clip="ViT-B-16-quickgelu", pretrained="openai", jitter=(0.5, 2.0), ring=40, whole=False, hypothesis="threshold",
@@ -135,7 +138,7 @@ class Config:
     compile: bool = option(False, "torch.compile the training step: a minute at the start, for long runs on a GPU")
     resume: bool = option(False, "go on with the interrupted run in --out")
     eval: str = option("", "evaluate this checkpoint instead of training")
-    image: str = option("", "segment this picture instead of training, with --names and the checkpoint in --out")
+    image: str = option("", "segment this picture instead of training, with the newest run, or --out's; --names: other words")
 
 
 def recipe_of(cfg):
@@ -151,10 +154,11 @@ def complete(cfg):
 
     Returns a Config in which every field that a recipe knows has its value. Raises UserError.
     """
-    recipe, method, chosen = recipe_of(cfg), cfg.method or recipe_of(cfg)["method"], {"dataset": cfg.dataset or "emoji"}
+    recipe, chosen = recipe_of(cfg), {"dataset": cfg.dataset or "emoji"}
+    method = cfg.method or recipe["method"]
     for f in fields(cfg):
         if getattr(cfg, f.name) in (None, "") and f.name in recipe:
-            value = recipe[f.name]
+            value = recipe[f.name]                      # maskclip trains nothing: of what differs by method it takes either
             chosen[f.name] = value.get(method, value["reclip"]) if isinstance(value, dict) else value
     if cfg.clip:
         chosen["pretrained"] = cfg.pretrained           # another CLIP does not take the recipe's weights
@@ -165,8 +169,8 @@ def complete(cfg):
             (not -1 < cfg.t < 1, f"--t {cfg.t}: a cosine's threshold lies in (-1, 1)"),
             (cfg.epochs < 1 or cfg.batch < 1 or cfg.views < 1 or cfg.top_k < 1,
              "--epochs, --batch, --views and --top-k start at 1"),
-            (not all(0 < v < float("inf") for v in (cfg.lr, cfg.lr_conv, cfg.alpha)),
-             "--lr, --lr-conv and --alpha must be positive"),
+            (not (0 < cfg.lr < 1e6 and 0 < cfg.lr_conv < 1e6 and 0 < cfg.alpha < float("inf")),
+             "--lr, --lr-conv and --alpha must be positive, and the rates below a million"),
             (not 0 <= cfg.seed < 2 ** 32, f"--seed {cfg.seed}: a seed is a whole number from 0 on"),
             (cfg.recipe and cfg.dataset == "emoji", "--recipe 2024 is a regime of --dataset voc, context or ade, not of emoji"),
             (cfg.recipe and cfg.clip != recipe["clip"],
@@ -523,7 +527,7 @@ def read_ahead(read, samples, ahead=32):
 
 
 def fit(image, size, factor=1.0):
-    """Resize 3×H×W so that the long and short side are at most `size` = (long, short), times `factor`; bilinear."""
+    """Resize ..×3×H×W to the largest that `size` = (long, short side in px), times `factor`, holds; bilinear."""
     height, width = image.shape[-2:]
     scale = factor * min(size[0] / max(height, width), size[1] / min(height, width))
     return v2.functional.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
@@ -531,7 +535,7 @@ def fit(image, size, factor=1.0):
 
 def spread(samples, count):
     """At most `count` of the samples, evenly spread over the list."""
-    return samples[::-(-len(samples) // count)]
+    return samples[::math.ceil(len(samples) / count)]
 
 
 def batches_of_one_size(samples, batch, classes=None):
@@ -604,9 +608,9 @@ def check_towers(config):
 
 
 def normalise(clip, images):
-    """uint8 B×3×H×W to what CLIP was trained on: (x / 255 - mean) / std."""
-    mean, std = (torch.tensor(clip.visual.preprocess_cfg[k], device=images.device)[:, None, None] for k in ("mean", "std"))
-    return (images.float() / 255 - mean) / std
+    """uint8 B×3×H×W to what CLIP takes: (x / 255 - mean) / std, those of its training but with --recipe 2024."""
+    mean, std = (clip.visual.preprocess_cfg[k] for k in ("mean", "std"))                # numbers: a GPU would wait for tensors
+    return torch.stack([(x - m) / s for x, m, s in zip((images.float() / 255).unbind(1), mean, std)], dim=1)
 
 
 def positional_embedding(clip, grid):
@@ -646,10 +650,11 @@ def last_block(block, x, grid, features):
 
 
 def encode_image(clip, x, features):
-    """CLIP's image tower on pictures of any size, up to its last block's choice.
+    """CLIP's image tower on pictures of any size.
 
     x: B×3×H×W, normalised; padded at the bottom and right to whole patches.
-    features: "stock" gives open_clip's own pooled image feature B×D; any other the dense feature f, B×D×h×w. Unit norm.
+    features: the attention of the last block. "stock" gives open_clip's own pooled image feature B×D; any other the dense
+    feature f, B×D×h×w. Unit norm.
     """
     visual = clip.visual
     p_h, p_w = visual.patch_size
@@ -664,7 +669,7 @@ def encode_image(clip, x, features):
     x = last_block(visual.transformer.resblocks[-1], x, grid, features)
     if features == "stock":
         return F.normalize((visual._pool(x)[0] @ visual.proj).float(), dim=-1)          # B D
-    f = (visual.ln_post(x[:, 1:]) @ visual.proj).float()                                # B hw D; float: also in_bf16 of length 1
+    f = (visual.ln_post(x[:, 1:]) @ visual.proj).float()                                # B hw D; normalised in fp32, also in_bf16
     return F.normalize(f, dim=-1).mT.unflatten(-1, grid)                                # B D h w
 
 
@@ -673,8 +678,14 @@ def in_bf16(device, precision="auto"):
 
     Not for the text encoder: a training step has few tokens for it, and would cast its frozen weights anew each time.
     """
-    there = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=there if precision == "auto" else precision == "bf16")
+    enabled = has_bf16(device.type) if precision == "auto" else precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+@torch.compiler.assume_constant_result                  # or --compile would start anew with every step
+def has_bf16(kind):
+    """Whether devices of this kind compute with bfloat16 themselves; CPUs are not asked."""
+    return kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def templates():
@@ -740,11 +751,14 @@ def reference_features(clip, V, tokens):
     text, (C, n), L, device = _text(clip), tokens.shape, V.size(-2), tokens.device
     arange = functools.partial(torch.arange, device=device)
     prompts, behind = (1, C) if V.ndim == 2 else (C, 1)                                 # how many, and names behind each
+    # two names behind a shared prompt:  SOS v1..vL | cat EOT 0         | potted plant EOT
+    # place, for the positional embedding: 0   1..L | L+1 L+2 L+3       | L+1 L+2 L+3       (0: padding, which EOT does not see)
+    # name, whose token it is:            -1  -1..  | 0   0   0         | 1   1   1
     sos = text.token_embedding.weight[-2].expand(prompts, 1, -1)                        # SOS is the last but one word
     names = text.token_embedding(tokens).view(prompts, behind * n, -1)
     x = torch.cat([sos, V.view(prompts, L, -1), names], dim=1)                          # prompts 1+L+behind·n d
     place = torch.cat([arange(1 + L), (1 + L + arange(n)).repeat(behind)])
-    name = torch.cat([torch.full((1 + L,), -1, device=device), arange(behind).repeat_interleave(n)])    # -1: the prompt's own
+    name = torch.cat([torch.full((1 + L,), -1, device=device), arange(behind).repeat_interleave(n)])
     seen = (place <= place[:, None]) & ((name == -1) | (name == name[:, None]))         # row sees column
     mask = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)
     x = text.ln_final(text.transformer(x + text.positional_embedding[place], attn_mask=mask))
@@ -820,7 +834,8 @@ def contrastive_loss(M, f, T, y, scale, valid, pool):
     """CE(scale · z_c·Tᵀ, c) with z_c = pool(M_c ⊙ f), averaged over an image's classes, then over the batch.
 
     M: B×C×h×w masks. f: B×D×h×w. T: C×D. y: B×C bool, the hypothesis. scale: CLIP's exp(logit_scale).
-    valid: B×h×w bool, false where the crop is padding. pool: "grid" divides by h·w (authors' code), "mask" by the mask's area.
+    valid: B×h×w bool, false where the crop is padding. pool: "grid" divides by the number of valid patches (authors' code: of
+    all), "mask" by the mask's area.
     """
     M = M * valid[:, None]
     z = torch.einsum("bchw,bdhw->bcd", M, f)                                            # B C D
@@ -870,12 +885,12 @@ class Segmenter(nn.Module):
 
     def reference(self):
         """R: C×D, with its norm. Where nothing trains it goes through the text encoder once, and not for every batch."""
-        learning = self.rectifier.training or torch.is_grad_enabled()
-        R = None if learning else self.R
-        if R is None:
-            R = set_norm(reference_features(self.clip, self.rectifier.V, self.tokens), self.cfg.norm)
-        self.R = None if learning else R
-        return R
+        make = lambda: set_norm(reference_features(self.clip, self.rectifier.V, self.tokens), self.cfg.norm)
+        if self.rectifier.training or torch.is_grad_enabled():
+            self.R = None
+            return make()
+        self.R = make() if self.R is None else self.R
+        return self.R
 
     def rectified(self, f, R):
         """Rectified logits B×C×h×w of dense features."""
@@ -932,11 +947,11 @@ def hypothesise(segmenter, images):
     (positional embedding resized) in Emoji VOC, where things stand at the edges.
     """
     cfg, recipe, (clip, T) = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.stock
-    side = clip.visual.image_size[0]
+    images, side = images.to(segmenter.device), clip.visual.image_size[0]
 
     def see(x):
         with in_bf16(segmenter.device, cfg.precision):
-            feature = encode_image(clip, normalise(clip, x.to(segmenter.device)), "stock")                      # B D
+            feature = encode_image(clip, normalise(clip, x), "stock")                                           # B D
         return feature @ T.T                                                                                    # B C
 
     if cfg.hypothesis == "windows":
@@ -961,6 +976,15 @@ def hypotheses(segmenter, samples):
     return torch.stack([found[sample.image] for sample in samples])         # an image may be listed twice
 
 
+class PhotometricDistort(v2.RandomPhotometricDistort):
+    """torchvision's, but that channels change places without an index from the host, for which a GPU would wait."""
+
+    def transform(self, image, params):
+        image = super().transform(image, params | {"channel_permutation": None})
+        order = params["channel_permutation"]
+        return image if order is None else torch.stack([image[c] for c in order.tolist()])
+
+
 def augmented(image, recipe):
     """A random view of a picture 3×H×W: resized, flipped, colours distorted, cropped; small ones padded at the bottom right.
 
@@ -971,7 +995,7 @@ def augmented(image, recipe):
     image = fit(image, recipe["size"], low + (high - low) * factor)
     if mirror < 0.5:
         image = image.flip(-1)
-    image = v2.RandomPhotometricDistort()(image)
+    image = PhotometricDistort()(image)
     top, left = (int(u * (max(n - crop, 0) + 1)) for u, n in zip(corner, image.shape[1:]))
     image = image[:, top:top + crop, left:left + crop]
     height, width = image.shape[1:]
@@ -995,10 +1019,10 @@ def make_room(shape, dtype, device, out):
     """
     size = math.prod(shape)
     need, share = size * dtype.itemsize / 1e9, 0.7
-    for place, name in [(device, "the GPU's memory" if device.type == "cuda" else "RAM"), (torch.device("cpu"), "RAM")]:
+    for place in dict.fromkeys([device, torch.device("cpu")]):
         users = WORLD if place.type == "cpu" else 1
         if need * users <= share * free_memory(place) / 1e9:
-            print(f"features: {need:.3g} GB in {name}")
+            print(f"features: {need:.3g} GB in " + ("RAM" if place.type == "cpu" else "the GPU's memory"))
             return torch.empty(shape, dtype=dtype, device=place)
     missing = WORLD * need - share * shutil.disk_usage(out).free / 1e9
     if missing > 0:
@@ -1018,7 +1042,7 @@ def training_data(segmenter, samples):
     x: K×N×D×h×w half, the dense features f of K augmented views of each image; K×N×3×crop×crop uint8, the views themselves,
     where the encoder is trained too. valid: K×N×h×w bool, patches that are picture. y: N×C bool, the hypothesis. All lie where
     `make_room` finds room for x. Of several processes each computes and keeps every WORLD-th image.
-    A view depends on the seed and its numbers alone. Cost: (K + 1)·N passes of CLIP; K·N·D·h·w·2 bytes.
+    A view depends on the seed and its numbers alone. Cost: K·N passes of CLIP, and N for y (or one a window); K·N·D·h·w·2 bytes.
     """
     cfg, recipe, device = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.device
     numbers, samples = range(RANK, len(samples), WORLD), samples[RANK::WORLD]
@@ -1058,14 +1082,14 @@ def order_of(seed, epoch, N):
 
 
 def own_batches(order, batch, device):
-    """An epoch's batches as one of several processes sees them: (where it keeps its own images of a batch, the batch's size, weight).
+    """An epoch's batches as one of several processes sees them, an iterator of (i, size, weight).
 
-    weight: 1 for a fair share of the batch; who has no image in it goes along with its first one, at 0. All indices go to the
-    device at once: a copy for each step would make the host wait for it.
+    i: where it keeps its own images of the batch. size: of the whole batch. weight: 1 for a fair share of it; who has no image
+    in it goes along with its first one, at 0. All i go to the device at once: a copy in each step would make the host wait.
     """
     batches = order.split(batch)
     own = [i[i % WORLD == RANK] // WORLD for i in batches]
-    weights = [len(i) * WORLD / len(all) for i, all in zip(own, batches)]
+    weights = [len(i) * WORLD / len(whole) for i, whole in zip(own, batches)]
     own = [i if len(i) else torch.zeros(1, dtype=torch.long) for i in own]
     return zip(torch.cat(own).to(device).split([*map(len, own)]), map(len, batches), weights)
 
@@ -1126,7 +1150,7 @@ def train(segmenter, data, N, out, resume):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += loss.detach() * size
+            total += loss.detach() * size               # weight · size = WORLD · own images: over N · WORLD it is the mean
             bar.update()
         if WORLD > 1:
             distributed.all_reduce(total)
@@ -1171,7 +1195,7 @@ def load_checkpoint(path, part="rectifier", config=Config):
 def refuse_other_run(state, cfg, names, path):
     """Raise UserError where a checkpoint was trained with other settings than those asked for now."""
     ours = asdict(cfg)
-    free = {"device", "resume", "eval", "image", "out", "root", "compile", "tta"}       # tta is distill.py's
+    free = {"device", "precision", "compile", "resume", "eval", "image", "out", "root", "tta"}      # tta is distill.py's
     other = [k for k, v in state["config"].items() if k not in free and v != ours.get(k)]
     if other or state["names"] != names:
         what = f"--{other[0]} {state['config'][other[0]]}, not {ours.get(other[0])}" if other else "other class names"
@@ -1183,18 +1207,18 @@ def refuse_other_run(state, cfg, names, path):
 def denoise(logits, sharpness, least):
     """Prompt denoising: a class whose best probability softmax(sharpness · logits) in an image is below `least` leaves it.
 
-    logits: B×C×h×w. Returns them with -inf for those classes; where none is left all stay (the authors' argmax falls to class 0).
+    logits: B×C×h×w. Returns them with -1e4 for those classes, which interpolation bears and -inf does not (0 · inf is NaN).
+    Where no class is left all stay (the authors' argmax falls to class 0).
     """
     if not least:
         return logits
     gone = (sharpness * logits).softmax(1).amax((2, 3), keepdim=True) < least           # B C 1 1
-    return logits.masked_fill(gone & ~gone.all(1, keepdim=True), -torch.inf)
+    return logits.masked_fill(gone & ~gone.all(1, keepdim=True), -1e4)
 
 
 def upsample(logits, patch, resized, original):
     """Grid logits B×C×h×w to the size of the resized picture (padding cut off), then to the original's: bilinear, twice."""
     h, w = logits.shape[-2:]
-    logits = logits.clamp(min=-1e4)                     # -inf times a weight of 0 would be NaN
     logits = F.interpolate(logits, (h * patch, w * patch), mode="bilinear")[..., :resized[0], :resized[1]]
     return F.interpolate(logits, original, mode="bilinear")
 
@@ -1259,8 +1283,9 @@ def evaluate(predict, samples, names):
         raise UserError(f"{samples[0].label.parent}: the masks of the validation images hold no class, only background or void")
     results = {}
     for method, matrix in matrices.items():
-        each = {n: None if np.isnan(v) else round(v, 3) for n, v in zip(names, iou(matrix).tolist())}
-        results[method] = {"mIoU": round(iou(matrix).nanmean().item(), 3), "IoU": each}
+        each = iou(matrix)
+        results[method] = {"mIoU": round(each.nanmean().item(), 3),
+                           "IoU": {n: None if np.isnan(v) else round(v, 3) for n, v in zip(names, each.tolist())}}
     return results, found
 
 
@@ -1487,7 +1512,7 @@ def newest(name, root="runs"):
 
 
 def print_table(results, names):
-    """IoU of every class and the mean, a column a method; with the gain over the first where there are two."""
+    """IoU of every class and the mean, a column a method; of several, with the gain of the last over the first."""
     methods, wide = list(results), max(len(n) for n in [*names, "mIoU"])
     print("\n" + " " * wide + "".join(f"{m:>11}" for m in methods) + ("       gain" if len(methods) > 1 else ""))
     rows = [(n, [results[m]["IoU"][n] for m in methods]) for n in names] + [("mIoU", [results[m]["mIoU"] for m in methods])]
@@ -1515,8 +1540,9 @@ def main(argv=None):
     if cfg.eval:
         state = load_checkpoint(Path(cfg.eval))
         theirs = Config(**state["config"])
-        free = {"eval": cfg.eval, "device": cfg.device, "root": cfg.root, "data": cfg.data or theirs.data, "names": theirs.names,
-                "out": cfg.out or str(Path(cfg.eval).parent), "denoise": theirs.denoise if cfg.denoise is None else cfg.denoise}
+        free = {"eval": cfg.eval, "device": cfg.device, "precision": cfg.precision, "root": cfg.root, "names": theirs.names,
+                "data": cfg.data or theirs.data, "out": cfg.out or str(Path(cfg.eval).parent),
+                "denoise": theirs.denoise if cfg.denoise is None else cfg.denoise}
         for f in fields(cfg):
             asked, trained = getattr(cfg, f.name), getattr(theirs, f.name)
             if f.name not in free and asked not in (f.default, trained):
@@ -1593,15 +1619,22 @@ def run(main):
         patience = timedelta(days=1)                    # the others wait for a download
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
     try:
-        return main()
+        main()
+        if WORLD > 1:
+            distributed.barrier()                       # the others are done before the first one has measured
+            distributed.destroy_process_group()
+        return
     except UserError as error:
         message, code = f"error: {error}", 2
     except KeyboardInterrupt:
         message, code = "\ninterrupted; a training goes on with the same command and --resume", 130
-    finally:
-        if WORLD > 1:
-            distributed.destroy_process_group()
-    print(message, file=sys.stderr)                     # out here the frames are gone, and with them open progress bars
+    except Exception:
+        if WORLD == 1:
+            raise
+        message, code = traceback.format_exc(), 1
+    print(message, file=sys.stderr, flush=True)         # out here the frames are gone, and with them open progress bars
+    if WORLD > 1:
+        os._exit(code)                                  # an orderly end would wait for processes that wait for this one
     sys.exit(code)
 
 

@@ -7,6 +7,7 @@ pictures and crops of VOC's size. Times are medians of calls that take turns, af
 """
 import argparse
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -86,13 +87,14 @@ def make_features(segmenter, images, side):
 
 
 def authors_steps(segmenter, optimizer, crops, y):
-    """The authors' recipe: one crop a step, in fp32, through CLIP, with the prompt through the text encoder; SGD.
+    """The authors' recipe: one crop a step, through CLIP, and the prompt through the text encoder; fp32 (TF32, as ours), SGD.
 
     crops: what gives one picture 3×S×S uint8 after the other. y: N×C bool. Unlike theirs, nothing sleeps between the steps.
     """
     for image, classes in zip(crops, y):
         with torch.no_grad():
-            f = segmenter.features(image[None])                                         # 1 D h w
+            x = rectify.normalise(segmenter.clip, image[None].to(segmenter.device))
+            f = rectify.encode_image(segmenter.clip, x, "maskclip")                     # 1 D h w
         V = segmenter.rectifier.V.expand(len(segmenter.names), -1, -1)                  # every class's whole prompt: C L d
         R = rectify.set_norm(rectify.reference_features(segmenter.clip, V, segmenter.tokens), "frobenius")
         M = rectify.gumbel_mask(segmenter.rectified(f, R), 1000)
@@ -143,6 +145,8 @@ def bench(sizes, device, folder):
     samples = rectify.list_samples(folder / "pictures" if gpu else rectify.dataset_folder(cfg), "train")[:sizes["images"]]
     segmenter, paper = (rectify.Segmenter(c, rectify.VOC_NAMES, device)     # Emoji VOC's recipe has a prompt a class
                         for c in (cfg, replace(cfg, prompt="shared", start="random", norm="frobenius")))
+    compiled = copy.copy(paper)
+    compiled.cfg = replace(paper.cfg, compile=True)
     clip, N, some = segmenter.clip, len(samples), samples[:sizes["steps"]]
     with quiet():
         data = rectify.training_data(segmenter, samples)
@@ -153,12 +157,14 @@ def bench(sizes, device, folder):
 
     lessons, recipe = distill.complete(distill.Config(targets="crop"), segmenter), distill.recipe_of(segmenter)
     teacher = distill.Teacher(segmenter, "reclip", recipe["least"], recipe["doubt"])
-    student = distill.make_student(lessons, segmenter).train()
+    with mock.patch.dict(distill.RECIPES["voc"], weights=""):                           # their values cost no time
+        student = distill.make_student(lessons, segmenter).train()
     student = student.to(memory_format=torch.channels_last if gpu else torch.preserve_format)
     torch.backends.cudnn.benchmark = True               # as distill.train has it
     descent = torch.optim.SGD(student.parameters(), lessons.lr, momentum=0.9, weight_decay=5e-4)
     pictures = distill.Pictures(samples, recipe["size"], None, len(segmenter.names), False)
-    batch = [pictures[k % N] for k in range(lessons.batch)]
+    pin = lambda picture: picture.pin_memory() if gpu else picture
+    batch = [(k, pin(picture), *rest) for k, picture, *rest in (pictures[k % N] for k in range(lessons.batch))]
     weights = {"mask": lessons.mask_weight, "feature": lessons.feature_weight, "text": lessons.text_weight}
     taught = noise(lessons.batch, 3, recipe["crop"], recipe["crop"]).to(device)
 
@@ -170,17 +176,35 @@ def bench(sizes, device, folder):
         with mock.patch.object(rectify, "hypotheses", lambda *_: data[2]):              # these a recomputing epoch would keep
             rectify.training_data(segmenter, samples)
 
-    tasks = {"dense": lambda: torch.no_grad()(rectify.encode_image)(clip, x, "maskclip"),
-             "open_clip": lambda: torch.no_grad()(clip.encode_image)(x, normalize=True),
-             "cached": lambda: rectify.train(paper, data, N, folder, resume=False), "anew": anew,
-             "own": lambda: rectify.train(segmenter, data, N, folder, resume=False),
+    def frozen(tower, *args, **options):
+        with torch.no_grad(), rectify.in_bf16(device):
+            tower(*args, **options)
+
+    steps = 4                                           # of the student in a call: the host may prepare the next one meanwhile
+
+    def taught_steps():
+        for _ in range(steps):
+            distill.step(student, descent, *distill.lesson(teacher, batch, recipe, device), weights)
+
+    epoch = lambda learner: rectify.train(learner, data, N, folder, resume=False)
+    tasks = {"dense": lambda: frozen(rectify.encode_image, clip, x, "maskclip"),
+             "open_clip": lambda: frozen(clip.encode_image, x, normalize=True),
+             "cached": lambda: epoch(paper), "own": lambda: epoch(segmenter), "anew": anew,
              "authors": lambda: authors_steps(paper, sgd, crops(), data[2]),
-             "student": lambda: distill.step(student, descent, *distill.lesson(teacher, batch, recipe, device), weights),
+             "student": taught_steps,
              "teacher": lambda: teacher(taught)}
     if gpu:
         square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
         tasks["peak"] = lambda: square @ square
+    started = time.perf_counter()
+    try:
+        with quiet():
+            epoch(compiled)
+        tasks["compiled"], compiling = lambda: epoch(compiled), time.perf_counter() - started
+    except Exception as error:                          # no compiler, or one that something else is missing for
+        print(f"left out: --compile ({(str(error) or repr(error)).splitlines()[0]})")
     t = medians(tasks, sizes["repeats"])
+    t["student"] /= steps
     own, authors = "×".join(map(str, clip.visual.image_size)), t["authors"] / len(some) * N
     counted = f"projected: {len(some)} steps measured, {'without' if gpu else 'with'} augmenting"
     add(f"dense CLIP, batch of {len(x)}, {own} px", len(x) / t["dense"], "images/s")
@@ -194,6 +218,9 @@ def bench(sizes, device, folder):
     if cfg.prompt == "per-class":
         add("the same with a prompt a class, as on Emoji VOC", authors / t["own"], "×", counted)
     add(f"{EPOCHS} cached epochs", EPOCHS * t["cached"], "s", f"projected: epoch × {EPOCHS}")
+    if "compiled" in t:
+        add(f"{EPOCHS} cached epochs, --compile", EPOCHS * t["compiled"], "s", f"projected: epoch × {EPOCHS}, and once:")
+        add("compiling the step", compiling - t["compiled"], "s")
     add(f"{EPOCHS} epochs of the authors' recipe", EPOCHS * authors, "s", f"projected: step × {EPOCHS * N}")
     add(f"student step, {lessons.backbone}, {lessons.batch} crops of {recipe['crop']} px", t["student"], "s")
     add("teacher, of that step", 100 * t["teacher"] / t["student"], "%")

@@ -11,6 +11,7 @@ from rectify import Config, UserError, complete
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchvision.transforms import v2
 
 CPU = torch.device("cpu")
 
@@ -39,7 +40,8 @@ def test_a_compiled_student_learns_the_same(monkeypatch):
     """A step of the student, compiled or not, has the same losses."""
     torch.manual_seed(0)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
-    T, x, label = torch.nn.functional.normalize(torch.randn(5, 16), dim=1), torch.rand(2, 3, 48, 48), torch.randint(5, (2, 48, 48))
+    T = torch.nn.functional.normalize(torch.randn(5, 16), dim=1)
+    x, label = torch.rand(2, 3, 48, 48), torch.randint(5, (2, 48, 48))
     found, weights = [], {"mask": 1.0, "text": 0.5, "feature": 0.5}
     for compiled in (False, True):
         torch.manual_seed(1)
@@ -121,8 +123,9 @@ def test_a_step_on_a_gpu_makes_nobody_wait(method, prompt):
         segmenter.T, segmenter.tokens = on_gpu(segmenter.T), on_gpu(segmenter.tokens)
         x, y, valid = (on_gpu(torch.empty(shape, dtype=dtype)) for shape, dtype in (
             ((2, 9, segmenter.T.size(1), 12, 12), torch.half), ((9, 20), torch.bool), ((2, 9, 12, 12), torch.bool)))
-        i = on_gpu(torch.empty(4, dtype=torch.long))
+        i, images = on_gpu(torch.empty(4, dtype=torch.long)), on_gpu(torch.empty(4, 3, 24, 24, dtype=torch.uint8))
         with Crossings() as crossings:
+            rectify.normalise(segmenter.clip, images)   # as --finetune does in a step, and the student's teacher
             logits, f = torch.func.functional_call(segmenter, weights, (x[1, i],))
             M = rectify.gumbel_mask(logits, segmenter.cfg.alpha)
             loss = rectify.contrastive_loss(M, f, segmenter.T, y[i], segmenter.scale, valid[1, i], "grid")
@@ -130,3 +133,15 @@ def test_a_step_on_a_gpu_makes_nobody_wait(method, prompt):
         with Crossings() as crossings:                  # the check itself: an index from the host is found
             x[1, torch.arange(4)]
         assert crossings.found
+
+
+def test_distorted_colours_are_torchvisions():
+    """The same draws give the same picture as torchvision's own transform, with and without changed channels."""
+    image, changed = torch.randint(256, (3, 9, 11), dtype=torch.uint8), 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        own = rectify.PhotometricDistort()(image)
+        torch.manual_seed(seed)
+        assert torch.equal(own, v2.RandomPhotometricDistort()(image))
+        changed += not torch.equal(own, image)
+    assert changed > 10
