@@ -1,6 +1,7 @@
 """Several processes under torchrun are one run: the same weights as a single process, one voice, one set of files."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -21,13 +22,13 @@ rectify.run(rectify.main)
 """
 
 
-def start(script, *args, processes=1):
-    """Run a script in so many processes, one thread each; what it printed."""
+def start(script, *args, processes=1, fails=False):
+    """Run a script in so many processes, one thread each; what it printed, or, where it is to fail, what it complained of."""
     many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     done = subprocess.run([sys.executable, *many, str(script), *map(str, args)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done.stderr if fails else done.stdout
 
 
 def test_two_processes_learn_what_one_learns(mini, tmp_path):
@@ -73,3 +74,13 @@ def test_two_processes_teach_one_student(taught, tmp_path):
     log = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert "equal" in printed and printed.count("mIoU") == 1 and len(log) == 6 and log[-1] < log[0]
     assert torch.load(out / "student.pt", weights_only=True)["mIoU"] > 0 and not (out / "distill.partial.pt").exists()
+
+
+def test_an_error_in_one_process_ends_all(mini, tmp_path):
+    """One of two processes meets a broken picture: its line is shown, and the other does not wait for it for ever."""
+    folder = shutil.copytree(mini, tmp_path / "mini")
+    broken = folder / f"JPEGImages/{rectify.list_samples(mini, 'train')[1].name}.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    done = start(rectify.__file__, "--data", folder, "--names", folder / "names.txt", "--epochs", 1, "--out", tmp_path / "out",
+                 processes=2, fails=True)
+    assert done.count(f"{broken}: not a readable image") == 1 and not (tmp_path / "out/rectify.pt").exists()
