@@ -72,14 +72,14 @@ class UserError(Exception):
 # CLIP's centre crop. ring: px, the bins of Fig. 1(a). Where the methods differ, a dict holds the value of each.
 PUBLISHED = dict(
     clip="ViT-B-16-quickgelu", pretrained="openai", jitter=(0.5, 2.0), ring=40, whole=False, hypothesis="threshold",
-    method="reclip", norm="frobenius", prompt="shared", pool="grid", start="random", alpha={"reclip": 1000, "reclip++": 100},
+    method="reclip", norm="frobenius", prompt="shared", pool="grid", start="authors", alpha={"reclip": 1000, "reclip++": 100},
     optimizer="sgd", lr_encoder=1e-4, weight_decay=5e-4, views=4)
 RECIPES = {
     "emoji": dict(
         clip="local-dir:tests/emoji/clip", pretrained="",
         size=(2048, 192), jitter=(0.8, 1.25), crop=192, window=96, ring=10, whole=True,
         hypothesis="softmax", t=0.1, top_k=1,
-        method="reclip++", norm="frobenius", prompt="per-class", pool="grid", start="zero", alpha=100, denoise=0,
+        method="reclip++", norm="frobenius", prompt="per-class", pool="grid", start="ours", alpha=100, denoise=0,
         optimizer="adam", lr=1e-2, lr_conv={"reclip": 1e-4, "reclip++": 1e-3}, lr_encoder=1e-4, weight_decay=0,
         epochs=8, batch=16, views=2),
     # window: a sixth of the crop. lr: 0.01 was released for batch 1; scaled to the batch
@@ -122,7 +122,7 @@ class Config:
     prompt: str = option("", "the learnable tokens: one prompt for all classes, or one for each", ["shared", "per-class"])
     space: str = option("on", "the space-preference term P; off leaves ReCLIP++ its decoder alone", ["on", "off"])
     pool: str = option("", "mean of masked features over the grid, or over the mask", ["grid", "mask"])
-    start: str = option("", "P at the start: zero, or a random map as in the authors' code", ["zero", "random"])
+    start: str = option("", "V and P at first: ours, random and 0; the authors', word 0 and random", ["ours", "authors"])
     alpha: float = option(None, "scale of the logits before Gumbel-Softmax")
     denoise: float = option(None, "drop a class whose best probability in the image is lower; 0 is off")
     optimizer: str = option("", "optimiser", ["sgd", "adam"])
@@ -811,7 +811,7 @@ class Rectifier(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out")
-        if cfg.start == "zero":                         # ours: P = 0 at first, and B is f·Rᵀ (ReCLIP) or nothing (ReCLIP++)
+        if cfg.start == "ours":                         # P = 0 at first, and B is f·Rᵀ (ReCLIP) or nothing (ReCLIP++)
             last = self.g[-1] if self.method == "reclip" else self.g
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
@@ -864,6 +864,8 @@ class Segmenter(nn.Module):
         if cfg.method != "maskclip":
             self.rectifier = Rectifier(cfg, len(names), self.T.size(1), self.clip.visual.conv1.out_channels,
                                        _text(self.clip).token_embedding.embedding_dim, L).to(device)
+            if cfg.start == "authors":
+                self.rectifier.V.data[:] = _text(self.clip).token_embedding.weight[0]
 
     @functools.cached_property
     def stock(self):
@@ -1042,7 +1044,7 @@ def training_data(segmenter, samples):
     x: K×N×D×h×w half, the dense features f of K augmented views of each image; K×N×3×crop×crop uint8, the views themselves,
     where the encoder is trained too. valid: K×N×h×w bool, patches that are picture. y: N×C bool, the hypothesis. All lie where
     `make_room` finds room for x. Of several processes each computes and keeps every WORLD-th image.
-    A view depends on the seed and its numbers alone. Cost: K·N passes of CLIP, and N for y (or one a window); K·N·D·h·w·2 bytes.
+    A view depends on the seed and its numbers alone. Cost: K·N passes of CLIP, and N for y (windows: one each); K·N·D·h·w·2 B.
     """
     cfg, recipe, device = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.device
     numbers, samples = range(RANK, len(samples), WORLD), samples[RANK::WORLD]

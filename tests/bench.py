@@ -144,7 +144,7 @@ def bench(sizes, device, folder):
         make_pictures(folder / "pictures", sizes["images"])
     samples = rectify.list_samples(folder / "pictures" if gpu else rectify.dataset_folder(cfg), "train")[:sizes["images"]]
     segmenter, paper = (rectify.Segmenter(c, rectify.VOC_NAMES, device)     # Emoji VOC's recipe has a prompt a class
-                        for c in (cfg, replace(cfg, prompt="shared", start="random", norm="frobenius")))
+                        for c in (cfg, replace(cfg, prompt="shared", start="authors", norm="frobenius")))
     compiled = copy.copy(paper)
     compiled.cfg = replace(paper.cfg, compile=True)
     clip, N, some = segmenter.clip, len(samples), samples[:sizes["steps"]]

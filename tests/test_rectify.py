@@ -293,7 +293,7 @@ def test_bias_maps_equal_loops(case):
 @pytest.mark.parametrize("space", ["on", "off"])
 def test_rectified_logits_subtract_the_bias(case, method, space):
     """ReCLIP: f·Tᵀ − f·Rᵀ − P. ReCLIP++: the decoder of [f; f·Tᵀ − P·Rᵀ]. Without the space term P is gone."""
-    cfg = Config(method=method, space=space, prompt="shared", start="random")
+    cfg = Config(method=method, space=space, prompt="shared", start="authors")
     rectifier = rectify.Rectifier(cfg, case.C, case.D, d_image=6, d_text=5, L=2).eval()
     PE = torch.randn(1, 6, case.h, case.w)
     with torch.no_grad():
@@ -308,12 +308,21 @@ def test_rectified_logits_subtract_the_bias(case, method, space):
 
 
 def test_reclip_starts_at_what_clip_knows(case):
-    """With --start zero the space term is 0 until something is learned; with random it is not."""
+    """With --start ours the space term is 0 until something is learned; with the authors' it is not."""
     PE = torch.randn(1, 6, case.h, case.w)
     for method in METHODS:
-        for start in ("zero", "random"):
+        for start in ("ours", "authors"):
             rectifier = rectify.Rectifier(Config(method=method, start=start), case.C, case.D, d_image=6, d_text=5, L=2)
-            assert (rectifier.g(PE).abs().max() == 0) == (start == "zero")
+            assert (rectifier.g(PE).abs().max() == 0) == (start == "ours")
+
+
+@pytest.mark.parametrize("prompt", ["shared", "per-class"])
+def test_the_authors_prompt_starts_at_word_0(tiny, prompt):
+    """--start authors: every learnable token is the embedding of CLIP's word 0; with ours no two are alike."""
+    word = tiny[0].token_embedding.weight[0]
+    for start in ("authors", "ours"):
+        V = rectify.Segmenter(complete(Config(prompt=prompt, start=start)), rectify.VOC_NAMES, CPU).rectifier.V
+        assert (V == word).all() == (start == "authors") and V.requires_grad
 
 
 def test_gumbel_masks_are_one_hot(case):
@@ -437,7 +446,7 @@ def test_augmented_views_say_what_is_padding():
 def test_gradient_reaches_exactly_the_learnable_parts(mini, method):
     """Every tensor of the Rectifier gets a gradient from the loss, and nothing of CLIP."""
     torch.manual_seed(0)
-    segmenter = rectify.Segmenter(complete(Config(method=method, start="random")), rectify.VOC_NAMES, CPU)
+    segmenter = rectify.Segmenter(complete(Config(method=method, start="authors")), rectify.VOC_NAMES, CPU)
     segmenter.rectifier.train()
     samples = rectify.list_samples(mini, "train")
     _, images, _ = next(rectify.batches_of_one_size(samples, 4))
