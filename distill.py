@@ -16,7 +16,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -30,9 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 import rectify
-from rectify import (COMPILERS, HERE, RANK, VOID, WORLD, PhotometricDistort, Segmenter, UserError, command_line,
-                     contrastive_loss, dataset_folder, denoise, evaluate, figure4, figure5, first_alone, fit, hypothesise,
-                     in_bf16, in_step, load_checkpoint, load_image, load_label, newest, option, order_of, predict, print_table,
+from rectify import (HERE, RANK, VOID, WORLD, PhotometricDistort, Segmenter, UserError, command_line, contrastive_loss,
+                     dataset_folder, denoise, evaluate, figure4, figure5, first_alone, fit, hypothesise, in_bf16, in_step,
+                     lacks_compiler, load_checkpoint, load_image, load_label, newest, option, order_of, predict, print_table,
                      read_ahead, refuse_other_run, run, save, similarity, splits, tqdm, versions, write_text)
 
 # ================================================================================================== 1 configuration
@@ -118,7 +117,7 @@ def complete(cfg, segmenter):
             (is_folder(cfg.teacher) and Path(cfg.teacher).resolve().name == "maskclip",
              f"--teacher {cfg.teacher}: a folder of this name would be taken for MaskCLIP+; rename it"),
             (cfg.epochs < 1 or cfg.batch < WORLD, f"--epochs starts at 1, and --batch at {WORLD}, an image for each process"),
-            (cfg.compile and not any(map(shutil.which, COMPILERS)), f"--compile wants a C++ compiler ({', '.join(COMPILERS)})"),
+            lacks_compiler(cfg),
             (not 0 < cfg.lr < 1e6 or not 0 < cfg.width < 1e6, "--lr and --width must be positive, and below a million"),
             (min(*weights, cfg.feature_weight) < 0 or max(weights) == 0,
              "the weights of the losses: none below 0, one above (masks have no feature-guided loss)")]:
@@ -541,7 +540,8 @@ def main(argv=None):
         home = Path(cfg.eval).parent
         home = home if (home / "rectify.pt").is_file() else home.parent                 # MaskCLIP+ lies in a folder of its own
         config = load_checkpoint(Path(cfg.eval), "student", Config)["config"]
-        cfg = replace(Config(**config), eval=cfg.eval, tta=cfg.tta, device=cfg.device, resume=False, out=cfg.out or str(home))
+        cfg = replace(Config(**config), eval=cfg.eval, tta=cfg.tta, device=cfg.device, resume=False, compile=False,
+                      out=cfg.out or str(home))
     checkpoint = find_checkpoint(cfg)
     print(f"distilling {checkpoint}")
     with first_alone():

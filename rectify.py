@@ -94,7 +94,6 @@ RECIPES = {
 # weights, trained with QuickGELU, are computed with GELU, on pictures normalised by ImageNet's mean and standard deviation. The
 # hypothesis alone comes from the row's own CLIP (`Segmenter.stock`).
 REGIME_2024 = dict(clip="ViT-B-16", preprocess=dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)))
-COMPILERS = ("g++", "clang++", "cl")                    # one of them is what torch.compile wants
 SHARPNESS = {"reclip": 100, "reclip++": 10}             # of prompt denoising: softmax(sharpness · logits), authors' code
 
 
@@ -176,11 +175,17 @@ def complete(cfg):
             (cfg.recipe and cfg.clip != recipe["clip"],
              f"--clip {cfg.clip}: --recipe 2024 is {recipe['clip']}'s; leave out one of the two (--pretrained FILE may stay)"),
             (":" not in cfg.clip and not cfg.pretrained, f"--clip {cfg.clip} needs --pretrained: open_clip's tag, or a file"),
-            (cfg.compile and not any(map(shutil.which, COMPILERS)), f"--compile wants a C++ compiler ({', '.join(COMPILERS)})"),
+            lacks_compiler(cfg),
             (cfg.data and not cfg.names, "--data needs --names: a file with one class name a line")]:
         if bad:
             raise UserError(message)
     return cfg
+
+
+def lacks_compiler(cfg):
+    """(Whether --compile was asked for where torch.compile finds no compiler, the message for it)."""
+    compilers = "g++", "clang++", "cl"
+    return cfg.compile and not any(map(shutil.which, compilers)), f"--compile wants a C++ compiler ({', '.join(compilers)})"
 
 
 def pick_device(cfg):
@@ -876,14 +881,18 @@ class Segmenter(nn.Module):
         clip, tokenizer = load_clip(cfg, self.device)
         return clip, kept_text_features(clip, tokenizer, self.names, cfg)
 
-    def features(self, images, clip=None):
-        """f: B×D×h×w of uint8 pictures B×3×H×W."""
+    def encode(self, clip, images, features):
+        """encode_image of uint8 pictures B×3×H×W, on the device and in the precision that were asked for."""
         with in_bf16(self.device, self.cfg.precision):
-            return encode_image(clip or self.clip, normalise(self.clip, images.to(self.device)), self.cfg.features)
+            return encode_image(clip, normalise(clip, images.to(self.device)), features)
+
+    def features(self, images):
+        """f: B×D×h×w of uint8 pictures B×3×H×W."""
+        return self.encode(self.clip, images, self.cfg.features)
 
     def maskclip(self, images, f):
         """MaskCLIP's dense features, the baseline's, of pictures whose own are f: the same where the encoder was not trained."""
-        return self.features(images, self.frozen) if self.cfg.finetune else f
+        return self.encode(self.frozen, images, self.cfg.features) if self.cfg.finetune else f
 
     def reference(self):
         """R: C×D, with its norm. Where nothing trains it goes through the text encoder once, and not for every batch."""
@@ -952,9 +961,7 @@ def hypothesise(segmenter, images):
     images, side = images.to(segmenter.device), clip.visual.image_size[0]
 
     def see(x):
-        with in_bf16(segmenter.device, cfg.precision):
-            feature = encode_image(clip, normalise(clip, x), "stock")                                           # B D
-        return feature @ T.T                                                                                    # B C
+        return segmenter.encode(clip, x, "stock") @ T.T                                                         # B C
 
     if cfg.hypothesis == "windows":
         x, window = fit(images, recipe["size"]), recipe["window"]
@@ -1542,8 +1549,8 @@ def main(argv=None):
     if cfg.eval:
         state = load_checkpoint(Path(cfg.eval))
         theirs = Config(**state["config"])
-        free = {"eval": cfg.eval, "device": cfg.device, "precision": cfg.precision, "root": cfg.root, "names": theirs.names,
-                "data": cfg.data or theirs.data, "out": cfg.out or str(Path(cfg.eval).parent),
+        free = {"eval": cfg.eval, "device": cfg.device, "precision": cfg.precision, "compile": cfg.compile, "root": cfg.root,
+                "names": theirs.names, "data": cfg.data or theirs.data, "out": cfg.out or str(Path(cfg.eval).parent),
                 "denoise": theirs.denoise if cfg.denoise is None else cfg.denoise}
         for f in fields(cfg):
             asked, trained = getattr(cfg, f.name), getattr(theirs, f.name)
@@ -1622,10 +1629,6 @@ def run(main):
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
     try:
         main()
-        if WORLD > 1:
-            distributed.barrier()                       # the others are done before the first one has measured
-            distributed.destroy_process_group()
-        return
     except UserError as error:
         message, code = f"error: {error}", 2
     except KeyboardInterrupt:
@@ -1634,6 +1637,11 @@ def run(main):
         if WORLD == 1:
             raise
         message, code = traceback.format_exc(), 1
+    else:
+        if WORLD > 1:
+            distributed.barrier()                       # the others are done before the first one has measured
+            distributed.destroy_process_group()
+        return
     print(message, file=sys.stderr, flush=True)         # out here the frames are gone, and with them open progress bars
     if WORLD > 1:
         os._exit(code)                                  # an orderly end would wait for processes that wait for this one

@@ -145,3 +145,15 @@ def test_distorted_colours_are_torchvisions():
         assert torch.equal(own, v2.RandomPhotometricDistort()(image))
         changed += not torch.equal(own, image)
     assert changed > 10
+
+
+@pytest.mark.parametrize("script, name", [(rectify, "rectify.pt"), (distill, "student.pt")])
+def test_what_was_trained_with_compile_needs_no_compiler_later(taught, tmp_path, monkeypatch, script, name):
+    """--eval of such a checkpoint compiles nothing, and asks for no compiler."""
+    for file in ("rectify.pt", "student.pt"):
+        state = torch.load(taught / file, weights_only=True)
+        state["config"]["compile"] = True
+        torch.save(state, tmp_path / file)
+    monkeypatch.setattr(rectify.shutil, "which", lambda program: None)
+    script.main(["--eval", str(tmp_path / name), "--out", str(tmp_path)])
+    assert (tmp_path / f"{script.__name__}.json").is_file()
