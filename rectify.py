@@ -57,7 +57,8 @@ HERE = Path(__file__).resolve().parent
 # of the WORLD processes that torchrun started this one is number RANK, number LOCAL on its machine; without it 0 of 1
 RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in
                       (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-tqdm = functools.partial(tqdm, disable=RANK > 0)
+if RANK > 0:                                            # elsewhere TQDM_DISABLE decides
+    tqdm = functools.partial(tqdm, disable=True)
 
 
 class UserError(Exception):
@@ -94,6 +95,7 @@ RECIPES = {
 # weights, trained with QuickGELU, are computed with GELU, on pictures normalised by ImageNet's mean and standard deviation. The
 # hypothesis alone comes from the row's own CLIP (`Segmenter.stock`).
 REGIME_2024 = dict(clip="ViT-B-16", preprocess=dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)))
+COLLAPSED = 0.5                                         # an `agreement` above it is a collapse; sound runs have 0.1 to 0.2
 SHARPNESS = {"reclip": 100, "reclip++": 10}             # of prompt denoising: softmax(sharpness · logits), authors' code
 
 
@@ -531,11 +533,11 @@ def read_ahead(read, samples, ahead=32):
             yield waiting.popleft().result()
 
 
-def fit(image, size, factor=1.0):
-    """Resize ..×3×H×W to the largest that `size` = (long, short side in px), times `factor`, holds; bilinear."""
+def fit(image, size, factor=1.0, mode=v2.InterpolationMode.BILINEAR):
+    """Resize ..×3×H×W to the largest that `size` = (long, short side in px), times `factor`, holds."""
     height, width = image.shape[-2:]
     scale = factor * min(size[0] / max(height, width), size[1] / min(height, width))
-    return v2.functional.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
+    return v2.functional.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], mode, antialias=True)
 
 
 def spread(samples, count):
@@ -808,18 +810,19 @@ class Rectifier(nn.Module):
             self.g = nn.Sequential(                                                     # widths of the released checkpoints
                 nn.Conv2d(d_image, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256), nn.ReLU(),
                 nn.Conv2d(256, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
-                nn.Conv2d(64, classes, 3, padding=1, bias=False), nn.BatchNorm2d(classes))
+                nn.Conv2d(64, classes, 3, padding=1, bias=False), nn.BatchNorm2d(classes), nn.ReLU())
         else:
             self.g = nn.Conv2d(d_image, dim, 1)
             self.decoder = nn.Sequential(nn.Conv2d(dim + classes, classes, 5, padding=2, bias=False),
                                          nn.BatchNorm2d(classes))
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out")
-        if cfg.start == "ours":                         # P = 0 at first, and B is f·Rᵀ (ReCLIP) or nothing (ReCLIP++)
-            last = self.g[-1] if self.method == "reclip" else self.g
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        convs = self.g[::3] if self.method == "reclip" else self.decoder[:1]            # ReCLIP++'s g starts as PyTorch's
+        for m in convs:
+            nn.init.kaiming_normal_(m.weight, mode="fan_out")
+        if cfg.start == "ours" and self.method == "reclip":
+            nn.init.constant_(self.g[7].weight, 0.01)   # P near 0, where f·T decides; at 0 the ReLU would be dead
+        elif cfg.start == "ours":                       # P = 0 at first, and B is nothing
+            nn.init.zeros_(self.g.weight)
+            nn.init.zeros_(self.g.bias)
 
     def forward(self, f, T, R, PE):
         logits = similarity(f, T)
@@ -969,7 +972,7 @@ def hypothesise(segmenter, images):
         tiles = [v2.functional.resize(x[..., top:top + window, left:left + window], [side, side])
                  for top in corners[0] for left in corners[1]]
         return torch.stack([F.one_hot(see(tile).argmax(1), len(segmenter.names)) for tile in tiles]).amax(0).bool()
-    x = fit(images, (10 ** 6, side))                    # the short side is CLIP's
+    x = fit(images, (10 ** 6, side), mode=v2.InterpolationMode.BICUBIC)                 # as CLIP itself is shown an image
     s = see(x if recipe["whole"] else v2.functional.center_crop(x, side))
     if cfg.hypothesis == "softmax":
         s = (segmenter.scale * s).softmax(1)
@@ -1111,6 +1114,16 @@ def in_step(module, device, compile, **options):
     return torch.compile(module) if compile else module
 
 
+def agreement(masks):
+    """How often two images have the same class at the same patch, from 1/C to 1: at 1 the masks ignore the images.
+
+    masks: C×h×w, the masks M of all images, summed.
+    """
+    count = masks.sum(0)                                                                # h w
+    same = (masks / count.clamp(min=1)).square().sum(0)                                 # h w
+    return ((same * count).sum() / count.sum()).item()
+
+
 def train(segmenter, data, N, out, resume):
     """Learn the Rectifier (and with finetune CLIP's image encoder) from hypotheses alone; log a line an epoch.
 
@@ -1149,7 +1162,7 @@ def train(segmenter, data, N, out, resume):
     steps = -(-N // cfg.batch)
     bar = tqdm(total=cfg.epochs * steps, initial=begin * steps, desc=cfg.method, unit="step")
     for epoch in range(begin, cfg.epochs):
-        k, total = epoch % cfg.views, torch.zeros((), device=device)
+        k, total, masks = epoch % cfg.views, torch.zeros((), device=device), 0
         rectifier.train()
         for i, size, weight in own_batches(order_of(cfg.seed, epoch, N), cfg.batch, x.device):
             logits, f = model(x[k, i].to(device))
@@ -1159,18 +1172,23 @@ def train(segmenter, data, N, out, resume):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            masks += (M.detach() * picture[:, None]).sum(0)                             # C h w
             total += loss.detach() * size               # weight · size = WORLD · own images: over N · WORLD it is the mean
             bar.update()
         if WORLD > 1:
             distributed.all_reduce(total)
-        mean, lr = total.item() / N / WORLD, schedule.get_last_lr()[0]
+            distributed.all_reduce(masks)
+        mean, same, lr = total.item() / N / WORLD, agreement(masks), schedule.get_last_lr()[0]
         schedule.step()
-        bar.set_postfix(epoch=epoch + 1, loss=f"{mean:.3f}")
+        bar.set_postfix(epoch=epoch + 1, loss=f"{mean:.3f}", agreement=f"{same:.2f}")
+        if RANK == 0 and epoch == 0 and same > COLLAPSED:
+            bar.write(f"warning: the masks hardly depend on the image: two images have the same class on {same:.0%} of their "
+                      "patches. This run has collapsed; lower --lr-conv, --lr or --alpha", file=sys.stderr)
         if not np.isfinite(mean):
             raise UserError(f"the loss is {mean} in epoch {epoch + 1}; lower --lr, or --alpha (log: {out / 'log.jsonl'})")
         if RANK == 0:
             with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps({"epoch": epoch + 1, "loss": round(mean, 5), "lr": lr}) + "\n")
+                log.write(json.dumps({"epoch": epoch + 1, "loss": round(mean, 5), "agreement": round(same, 4), "lr": lr}) + "\n")
             save(partial, {**segmenter.state(), "epoch": epoch + 1, "optimizer": optimizer.state_dict(),
                            "schedule": schedule.state_dict()})
     bar.close()

@@ -307,13 +307,34 @@ def test_rectified_logits_subtract_the_bias(case, method, space):
         assert torch.allclose(rectifier(case.f, case.T, case.R, PE), expected, atol=1e-5)
 
 
-def test_reclip_starts_at_what_clip_knows(case):
-    """With --start ours the space term is 0 until something is learned; with the authors' it is not."""
-    PE = torch.randn(1, 6, case.h, case.w)
-    for method in METHODS:
-        for start in ("ours", "authors"):
-            rectifier = rectify.Rectifier(Config(method=method, start=start), case.C, case.D, d_image=6, d_text=5, L=2)
-            assert (rectifier.g(PE).abs().max() == 0) == (start == "ours")
+@pytest.mark.parametrize("start", ["ours", "authors"])
+def test_the_space_bias_at_the_start(case, start):
+    """ReCLIP: P >= 0 (g ends in a ReLU), and some of it has a gradient; with --start ours P is far smaller than f·T's
+    spread. ReCLIP++: P is 0 with --start ours, and small with the authors' (PyTorch's own start of a convolution)."""
+    torch.manual_seed(0)
+    PE, d = torch.randn(1, 768, case.h, case.w), 768
+    reclip, reclip_pp = (rectify.Rectifier(Config(method=method, start=start), case.C, case.D, d, d_text=5, L=2)
+                         for method in METHODS)
+    P, Q = reclip.g(PE), reclip_pp.g(PE)
+    assert P.min() == 0 and P.max() > 0 and (P.max() < 0.1) == (start == "ours")
+    P.sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in reclip.g.parameters())
+    assert Q.abs().max() == 0 if start == "ours" else 0.3 < Q.std() < 0.9
+    assert start == "ours" or reclip_pp.g.weight.std().item() == pytest.approx((3 * d) ** -0.5, rel=0.05)
+
+
+def test_agreement_tells_masks_that_ignore_the_image(case):
+    """The chance that two of the images (drawn with replacement) have the same class at a patch; padding does not count."""
+    M = F.one_hot(torch.randint(3, (5, 3, 4), generator=torch.Generator().manual_seed(2)), 3).permute(0, 3, 1, 2).float()
+    M[4, :, 2] = 0                                                                      # padding
+    pairs = []
+    for i in range(3):
+        for j in range(4):
+            seen = [M[b, :, i, j].argmax().item() for b in range(5) if M[b, :, i, j].sum()]
+            pairs.append((len(seen), np.mean([a == b for a in seen for b in seen])))
+    counts, same = zip(*pairs)
+    assert rectify.agreement(M.sum(0)) == pytest.approx(np.average(same, weights=counts), rel=1e-5)
+    assert rectify.agreement(M[:1].repeat(5, 1, 1, 1).sum(0)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("prompt", ["shared", "per-class"])
