@@ -10,8 +10,7 @@ far from the centre. This script learns that bias from the pictures alone, subtr
     python rectify.py --image photo.jpg --names "dog, horse"    # one picture, any words that the newest run's CLIP knows
     torchrun --nproc-per-node 4 rectify.py --dataset ade        # several GPUs; distill.py too
 
-Read it top to bottom: 1 configuration, 2 data (at first its names and files may be skipped), 3 CLIP, 4 method, 5 training,
-6 evaluation, 7 figures, 8 main.
+Read it top to bottom: 1 configuration, 2 CLIP, 3 method, 4 training, 5 prediction; below the ruler is what serves the method.
 The letters are the paper's: f dense feature, T text feature, V learnable prompt, R Reference feature, PE positional embedding,
 P space-preference bias (C×h×w in ReCLIP, D×h×w in ReCLIP++), B bias logit map, M mask, y image-level hypothesis.
 In shapes: N images, B of them in a batch, K views of each; C classes; D dimensions of f, T and R, d of a token in its tower;
@@ -65,7 +64,7 @@ class UserError(Exception):
     """Something that the person at the keyboard can mend: shown as one line, exit code 2."""
 
 
-# ================================================================================================== 1 configuration
+# ============================================================================================================ 1 configuration
 
 # What each dataset needs. The published settings for the real ones (supplement, Table 12, and the released configs); what
 # measures best on Emoji VOC for itself and for folders of your own. size: (long, short), the sides in px that an image is
@@ -184,39 +183,575 @@ def complete(cfg):
     return cfg
 
 
-def lacks_compiler(cfg):
-    """(Whether --compile was asked for where torch.compile finds no compiler, the message for it)."""
-    compilers = "g++", "clang++", "cl"
-    return cfg.compile and not any(map(shutil.which, compilers)), f"--compile wants a C++ compiler ({', '.join(compilers)})"
+# ===================================================================================================================== 2 CLIP
+
+def normalise(clip, images):
+    """uint8 B×3×H×W to what CLIP takes: (x / 255 - mean) / std, those of its training but with --recipe 2024."""
+    mean, std = (clip.visual.preprocess_cfg[k] for k in ("mean", "std"))                # numbers: a GPU would wait for tensors
+    return torch.stack([(x - m) / s for x, m, s in zip((images.float() / 255).unbind(1), mean, std)], dim=1)
 
 
-def pick_device(cfg):
-    """The torch device that --device means, under torchrun this process's own. Raises UserError where it is not there."""
-    gpus = torch.cuda.device_count()
-    if cfg.device == "cpu" or cfg.device == "auto" and not gpus:
-        return torch.device("cpu")
-    if LOCAL >= gpus:
-        raise UserError(f"--device {cfg.device}: torch finds {gpus} CUDA devices here, and this is process {LOCAL + 1}")
-    torch.cuda.set_device(LOCAL)
-    torch.set_float32_matmul_precision("high")          # TF32: 10 bits of mantissa, as many as the features are kept with
-    return torch.device("cuda", LOCAL)
+def positional_embedding(clip, grid):
+    """PE: 1×d×h×w, CLIP's positional embedding without CLS, bicubic-resized to the grid (h, w)."""
+    visual = clip.visual
+    pe = visual.positional_embedding[1:].T.reshape(1, -1, *visual.grid_size)            # 1 d h w
+    return pe if grid == tuple(visual.grid_size) else F.interpolate(pe, grid, mode="bicubic", antialias=False)
 
 
-def command_line(config, doc, argv=None):
-    """Turn a dataclass of `option`s into a command line: --field-name VALUE, or a bare flag for a bool."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(config):
-        flag, about = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        if f.type is bool:
-            parser.add_argument(flag, action="store_true", help=about)
+def last_block(block, x, grid, features):
+    """CLIP's last transformer block, B×(1+hw)×d to the same, with the attention that dense prediction wants.
+
+    "stock" is CLIP's own; maskclip: each token is its own value (Zhou 2022); sclip: q·q + k·k (Wang 2024);
+    clearclip: q·q, without residual and MLP (Lan 2024); naclip: k·k and a Gaussian around each patch, likewise (Hajimiri 2025).
+    """
+    if features == "stock":
+        return block(x)
+    attn = block.attn
+    q, k, v = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)     # B 1+hw d
+    if features != "maskclip":
+        q, k, v = (y.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for y in (q, k, v))       # B heads 1+hw d/heads
+        scale = q.size(-1) ** -0.5
+        if features == "sclip":
+            A = (q @ q.mT * scale).softmax(-1) + (k @ k.mT * scale).softmax(-1)
+        elif features == "clearclip":
+            A = (q @ q.mT * scale).softmax(-1)
         else:
-            default = "" if f.default in (None, "") else f" (default {f.default})"
-            parser.add_argument(flag, type=f.type, default=f.default, choices=f.metadata["choices"], help=about + default,
-                                metavar=f.type.__name__.upper() if f.metadata["choices"] is None else None)
-    return config(**vars(parser.parse_args(argv)))
+            yx = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in grid)).float()   # hw 2
+            near = torch.exp(-torch.cdist(yx, yx).square() / (2 * 5 ** 2))                          # std 5 patches
+            A = (k @ k.mT * scale + F.pad(near, (1, 0, 1, 0))).softmax(-1)
+        v = (A @ v).transpose(1, 2).flatten(2)                                                     # B 1+hw d
+    v = block.ls_1(attn.out_proj(v))                    # ls: LayerScale, the identity in most CLIPs
+    if features in ("clearclip", "naclip"):
+        return v
+    v = v + x
+    return v + block.ls_2(block.mlp(block.ln_2(v)))
 
 
-# =========================================================================================================== 2 data
+def encode_image(clip, x, features):
+    """CLIP's image tower on pictures of any size.
+
+    x: B×3×H×W, normalised; padded at the bottom and right to whole patches.
+    features: the attention of the last block. "stock" gives open_clip's own pooled image feature B×D; any other the dense
+    feature f, B×D×h×w. Unit norm.
+    """
+    visual = clip.visual
+    p_h, p_w = visual.patch_size
+    x = F.pad(x, (0, -x.size(-1) % p_w, 0, -x.size(-2) % p_h))
+    x = visual.conv1(x)                                                                 # B d h w
+    grid = tuple(x.shape[-2:])
+    x = (x + positional_embedding(clip, grid)).flatten(2).mT                            # B hw d
+    cls = visual.class_embedding + visual.positional_embedding[0]
+    x = visual.ln_pre(torch.cat([cls.expand(len(x), 1, -1), x], dim=1))                 # B 1+hw d
+    for block in visual.transformer.resblocks[:-1]:
+        x = block(x)
+    x = last_block(visual.transformer.resblocks[-1], x, grid, features)
+    if features == "stock":
+        return F.normalize((visual._pool(x)[0] @ visual.proj).float(), dim=-1)          # B D
+    f = (visual.ln_post(x[:, 1:]) @ visual.proj).float()                                # B hw D; normalised in fp32, also in_bf16
+    return F.normalize(f, dim=-1).mT.unflatten(-1, grid)                                # B D h w
+
+
+def templates():
+    """The 85 sentences that T is averaged over, as functions of the name: OpenAI's 80 for ImageNet and five of a scene."""
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+    scene = ["there is a {} in the scene.", "there is the {} in the scene.", "this is a {} in the scene.",
+             "this is the {} in the scene.", "this is one {} in the scene."]
+    return [*OPENAI_IMAGENET_TEMPLATES, *(sentence.format for sentence in scene)]
+
+
+@torch.no_grad()
+def text_features(clip, tokenizer, names):
+    """T: C×D, unit rows. Each name in 85 sentences, encoded, averaged, normalised."""
+    device, rows = clip.logit_scale.device, []
+    for name in names:
+        tokens = tokenizer([template(name) for template in templates()]).to(device)
+        rows.append(F.normalize(clip.encode_text(tokens, normalize=True).mean(0), dim=0))
+    return torch.stack(rows)
+
+
+# =================================================================================================================== 3 method
+
+@torch.no_grad()
+def hypothesise(segmenter, images):
+    """y: B×C bool, the classes that stock CLIP believes an image to hold; of uint8 pictures B×3×H×W.
+
+    threshold: the cosine of the image's feature with T is at least t. softmax (ours): the softmax over the classes of
+    scale · cosine is. Where none passes, the top K. windows (ReCLIP++): a window slides over the image at half its side; y is
+    the union of each window's best class. The picture is CLIP's centre crop for the real datasets, and the whole of it
+    (positional embedding resized) in Emoji VOC, where things stand at the edges.
+    """
+    cfg, recipe, (clip, T) = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.stock
+    images, side = images.to(segmenter.device), clip.visual.image_size[0]
+
+    def see(x):
+        return segmenter.encode(clip, x, "stock") @ T.T                                                         # B C
+
+    if cfg.hypothesis == "windows":
+        x, window = fit(images, recipe["size"]), recipe["window"]
+        corners = [[*range(0, n - window, window // 2), max(n - window, 0)] for n in x.shape[-2:]]
+        tiles = [v2.functional.resize(x[..., top:top + window, left:left + window], [side, side])
+                 for top in corners[0] for left in corners[1]]
+        return torch.stack([F.one_hot(see(tile).argmax(1), len(segmenter.names)) for tile in tiles]).amax(0).bool()
+    x = fit(images, (10 ** 6, side), mode=v2.InterpolationMode.BICUBIC)                 # as CLIP itself is shown an image
+    s = see(x if recipe["whole"] else v2.functional.center_crop(x, side))
+    if cfg.hypothesis == "softmax":
+        s = (segmenter.scale * s).softmax(1)
+    best = F.one_hot(s.topk(min(cfg.top_k, s.size(1)), dim=1).indices, s.size(1)).amax(1).bool()
+    return torch.where((s >= cfg.t).any(1, keepdim=True), s >= cfg.t, best)
+
+
+def reference_features(clip, V, tokens):
+    """R: C×D before its norm is set. The prompt [SOS][v1..vL][name][EOT] of each class, through the frozen text encoder.
+
+    V: L×d, learnable tokens that all classes share, or C×L×d. tokens: C×n, the names and EOT. Differentiable in V.
+    Text sees what stands before it only, so a shared [SOS][v1..vL] is the same for every name: all names stand behind it in one
+    sequence, and the mask hides them from each other. Cost: 1+L+C·n tokens instead of C·(1+L+n).
+    """
+    text, (C, n), L, device = _text(clip), tokens.shape, V.size(-2), tokens.device
+    arange = functools.partial(torch.arange, device=device)
+    prompts, behind = (1, C) if V.ndim == 2 else (C, 1)                                 # how many, and names behind each
+    # two names behind a shared prompt:  SOS v1..vL | cat EOT 0         | potted plant EOT
+    # place, for the positional embedding: 0   1..L | L+1 L+2 L+3       | L+1 L+2 L+3       (0: padding, which EOT does not see)
+    # name, whose token it is:            -1  -1..  | 0   0   0         | 1   1   1
+    sos = text.token_embedding.weight[-2].expand(prompts, 1, -1)                        # SOS is the last but one word
+    names = text.token_embedding(tokens).view(prompts, behind * n, -1)
+    x = torch.cat([sos, V.view(prompts, L, -1), names], dim=1)                          # prompts 1+L+behind·n d
+    place = torch.cat([arange(1 + L), (1 + L + arange(n)).repeat(behind)])
+    name = torch.cat([torch.full((1 + L,), -1, device=device), arange(behind).repeat_interleave(n)])
+    seen = (place <= place[:, None]) & ((name == -1) | (name == name[:, None]))         # row sees column
+    mask = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)
+    x = text.ln_final(text.transformer(x + text.positional_embedding[place], attn_mask=mask))
+    ends = x[:, 1 + L:].reshape(C, n, -1)[arange(C), tokens.argmax(1)]                  # at EOT, which has the largest number
+    return ends @ text.text_projection                                                  # C D
+
+
+def set_norm(R, norm):
+    """R: C×D with unit Frobenius norm (the authors' code; a row's length falls as 1/√C) or with unit rows."""
+    return R / R.norm() if norm == "frobenius" else F.normalize(R, dim=1)
+
+
+def similarity(f, T):
+    """f·Tᵀ at every pixel: B×D×h×w and C×D to B×C×h×w, cosines in [-1, 1] where both are unit."""
+    return torch.einsum("bdhw,cd->bchw", f, T)
+
+
+def bias_reclip(f, R, P):
+    """ReCLIP's bias logit map, B = f·Rᵀ + P: B×C×h×w. f·Rᵀ is the class-preference bias, P: C×h×w the space-preference bias."""
+    return similarity(f, R) + P
+
+
+def bias_reclip_pp(R, P):
+    """ReCLIP++'s bias logit map, B = P·Rᵀ: C×h×w, the same for every image. P: D×h×w."""
+    return torch.einsum("dhw,cd->chw", P, R)
+
+
+class Rectifier(nn.Module):
+    """Everything that is learned: the Reference prompt V, the positional projection g, and ReCLIP++'s mask decoder.
+
+    forward(f, T, R, PE): f B×D×h×w, T and R C×D, PE 1×d×h×w -> rectified logits B×C×h×w.
+    """
+
+    def __init__(self, cfg, classes, dim, d_image, d_text, L):
+        super().__init__()
+        self.method, self.space = cfg.method, cfg.space == "on"
+        shape = (L, d_text) if cfg.prompt == "shared" else (classes, L, d_text)
+        self.V = nn.Parameter(0.02 * torch.randn(shape))                                # CLIP's own scale of token embeddings
+        if self.method == "reclip":
+            self.g = nn.Sequential(                                                     # widths of the released checkpoints
+                nn.Conv2d(d_image, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256), nn.ReLU(),
+                nn.Conv2d(256, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+                nn.Conv2d(64, classes, 3, padding=1, bias=False), nn.BatchNorm2d(classes), nn.ReLU())
+        else:
+            self.g = nn.Conv2d(d_image, dim, 1)
+            self.decoder = nn.Sequential(nn.Conv2d(dim + classes, classes, 5, padding=2, bias=False),
+                                         nn.BatchNorm2d(classes))
+        convs = self.g[::3] if self.method == "reclip" else self.decoder[:1]            # ReCLIP++'s g starts as PyTorch's
+        for m in convs:
+            nn.init.kaiming_normal_(m.weight, mode="fan_out")
+        if cfg.start == "ours" and self.method == "reclip":
+            nn.init.constant_(self.g[7].weight, 0.01)   # P near 0, where f·T decides; at 0 the ReLU would be dead
+        elif cfg.start == "ours":                       # P = 0 at first, and B is nothing
+            nn.init.zeros_(self.g.weight)
+            nn.init.zeros_(self.g.bias)
+
+    def forward(self, f, T, R, PE):
+        logits = similarity(f, T)
+        P = self.g(PE)[0] if self.space else torch.zeros((), device=f.device)
+        if self.method == "reclip":
+            return logits - bias_reclip(f, R, P)
+        rectified = logits - bias_reclip_pp(R, P) if self.space else logits
+        return self.decoder(torch.cat([f, rectified], dim=1))
+
+
+def gumbel_mask(logits, alpha):
+    """M: B×C×h×w, one-hot over the classes at every pixel; GumbelSoftmax(alpha · logits, τ = 1, hard), differentiable."""
+    return F.gumbel_softmax(alpha * logits, tau=1, hard=True, dim=1)
+
+
+def contrastive_loss(M, f, T, y, scale, valid, pool):
+    """CE(scale · z_c·Tᵀ, c) with z_c = pool(M_c ⊙ f), averaged over an image's classes, then over the batch.
+
+    M: B×C×h×w masks. f: B×D×h×w. T: C×D. y: B×C bool, the hypothesis. scale: CLIP's exp(logit_scale).
+    valid: B×h×w bool, false where the crop is padding. pool: "grid" divides by the number of valid patches (authors' code: of
+    all), "mask" by the mask's area.
+    """
+    M = M * valid[:, None]
+    z = torch.einsum("bchw,bdhw->bcd", M, f)                                            # B C D
+    area = M.sum((2, 3))[..., None].clamp(min=1) if pool == "mask" else valid.sum((1, 2)).view(-1, 1, 1)
+    logits = scale * (z / area) @ T.T                                                   # B C C
+    own = -logits.log_softmax(-1).diagonal(dim1=1, dim2=2)                              # B C
+    return ((own * y).sum(1) / y.sum(1).clamp(min=1)).mean()
+
+
+class Segmenter(nn.Module):
+    """CLIP, its text features T, and a Rectifier, whose prompt gives R. Built for training, or by `load` from a checkpoint.
+
+    A Module so that `in_step` can wrap a training step, which is its forward(x): dense features f B×D×h×w, or with finetune
+    the uint8 views that they are computed from -> rectified logits B×C×h×w, f. distill.py uses it as the teacher.
+    """
+
+    def __init__(self, cfg, names, device):
+        super().__init__()
+        self.cfg, self.names, self.device = cfg, names, device
+        self.clip, self.tokenizer = load_clip(cfg, device)
+        self.frozen = copy.deepcopy(self.clip) if cfg.finetune else self.clip    # MaskCLIP's, the baseline
+        self.tokens, L = name_tokens(self.clip, self.tokenizer, names)
+        self.T = kept_text_features(self.clip, self.tokenizer, names, cfg)
+        self.scale = self.clip.logit_scale.exp().item()
+        self.rectifier = self.R = None                  # R: kept by `reference` where nothing trains
+        if cfg.method != "maskclip":
+            self.rectifier = Rectifier(cfg, len(names), self.T.size(1), self.clip.visual.conv1.out_channels,
+                                       _text(self.clip).token_embedding.embedding_dim, L).to(device)
+            if cfg.start == "authors":
+                self.rectifier.V.data[:] = _text(self.clip).token_embedding.weight[0]
+
+    @functools.cached_property
+    def stock(self):
+        """(CLIP, T) of the hypothesis: as its weights were trained, and its own text features, in either regime."""
+        if not self.cfg.recipe:
+            return self.frozen, self.T
+        cfg = replace(self.cfg, recipe="", clip=RECIPES[self.cfg.dataset]["clip"])
+        clip, tokenizer = load_clip(cfg, self.device)
+        return clip, kept_text_features(clip, tokenizer, self.names, cfg)
+
+    def encode(self, clip, images, features):
+        """encode_image of uint8 pictures B×3×H×W, on the device and in the precision that were asked for."""
+        with in_bf16(self.device, self.cfg.precision):
+            return encode_image(clip, normalise(clip, images.to(self.device)), features)
+
+    def features(self, images):
+        """f: B×D×h×w of uint8 pictures B×3×H×W."""
+        return self.encode(self.clip, images, self.cfg.features)
+
+    def maskclip(self, images, f):
+        """MaskCLIP's dense features, the baseline's, of pictures whose own are f: the same where the encoder was not trained."""
+        return self.encode(self.frozen, images, self.cfg.features) if self.cfg.finetune else f
+
+    def reference(self):
+        """R: C×D, with its norm. Where nothing trains it goes through the text encoder once, and not for every batch."""
+        make = lambda: set_norm(reference_features(self.clip, self.rectifier.V, self.tokens), self.cfg.norm)
+        if self.rectifier.training or torch.is_grad_enabled():
+            self.R = None
+            return make()
+        self.R = make() if self.R is None else self.R
+        return self.R
+
+    def rectified(self, f, R):
+        """Rectified logits B×C×h×w of dense features."""
+        return self.rectifier(f, self.T, R, positional_embedding(self.clip, tuple(f.shape[-2:])))
+
+    def forward(self, x):
+        f = self.features(x) if self.cfg.finetune else x.float()
+        return self.rectified(f, self.reference()), f
+
+    @classmethod
+    def load(cls, path, **changes):
+        """The Segmenter of a checkpoint, in eval mode; `changes` to its configuration (device, out, ..)."""
+        state = load_checkpoint(path)
+        cfg = replace(Config(**state["config"]), **changes)
+        segmenter = cls(cfg, state["names"], pick_device(cfg))
+        segmenter.restore(state)
+        return segmenter
+
+    def state(self):
+        """What a checkpoint holds: tensors and plain values only."""
+        return {"config": asdict(self.cfg), "names": self.names, "rectifier": self.rectifier.state_dict(),
+                "clip": self.clip.visual.state_dict() if self.cfg.finetune else None}
+
+    def restore(self, state):
+        """Take the weights of a checkpoint, in place and in eval mode."""
+        self.R = None
+        self.rectifier.load_state_dict(state["rectifier"])
+        self.rectifier.eval()
+        if state["clip"]:
+            self.clip.visual.load_state_dict(state["clip"])
+
+
+# ================================================================================================================= 4 training
+
+class PhotometricDistort(v2.RandomPhotometricDistort):
+    """torchvision's, but that channels change places without an index from the host, for which a GPU would wait."""
+
+    def transform(self, image, params):
+        image = super().transform(image, params | {"channel_permutation": None})
+        order = params["channel_permutation"]
+        return image if order is None else torch.stack([image[c] for c in order.tolist()])
+
+
+def augmented(image, recipe):
+    """A random view of a picture 3×H×W: resized, flipped, colours distorted, cropped; small ones padded at the bottom right.
+
+    Returns (3×crop×crop uint8, (height, width) of what is picture in it). The authors redraw a crop until no ground-truth
+    class fills three quarters of it; ours never asks.
+    """
+    crop, (low, high), (factor, mirror, *corner) = recipe["crop"], recipe["jitter"], torch.rand(4).tolist()
+    image = fit(image, recipe["size"], low + (high - low) * factor)
+    if mirror < 0.5:
+        image = image.flip(-1)
+    image = PhotometricDistort()(image)
+    top, left = (int(u * (max(n - crop, 0) + 1)) for u, n in zip(corner, image.shape[1:]))
+    image = image[:, top:top + crop, left:left + crop]
+    height, width = image.shape[1:]
+    return F.pad(image, (0, crop - width, 0, crop - height)), (height, width)
+
+
+@torch.no_grad()
+def training_data(segmenter, samples):
+    """Everything frozen, computed once: x, valid, y.
+
+    x: K×N×D×h×w half, the dense features f of K augmented views of each image; K×N×3×crop×crop uint8, the views themselves,
+    where the encoder is trained too. valid: K×N×h×w bool, patches that are picture. y: N×C bool, the hypothesis. All lie where
+    `make_room` finds room for x. Of several processes each computes and keeps every WORLD-th image.
+    A view depends on the seed and its numbers alone. Cost: K·N passes of CLIP, and N for y (windows: one each); K·N·D·h·w·2 B.
+    """
+    cfg, recipe, device = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.device
+    numbers, samples = range(RANK, len(samples), WORLD), samples[RANK::WORLD]
+    K, N, crop = cfg.views, len(samples), recipe["crop"]
+    first = torch.arange(0, crop, segmenter.clip.visual.patch_size[0])                  # first pixel of every patch
+    shape = (3, crop, crop) if cfg.finetune else (segmenter.T.size(1), len(first), len(first))
+    x = make_room((K, N, *shape), torch.uint8 if cfg.finetune else torch.half, device, Path(cfg.out))
+    valid = torch.empty(K, N, len(first), len(first), dtype=torch.bool, device=x.device)
+
+    def view(image, n, k):
+        torch.manual_seed(int(np.random.SeedSequence([cfg.seed, n, k]).generate_state(1)[0]))
+        return augmented(image, recipe)
+
+    images = read_ahead(lambda sample: load_image(sample.image), samples)
+    for start in tqdm(range(0, N, 32), "dense features", leave=False):
+        some = [image.to(device) for image in itertools.islice(images, 32)]             # what follows is the device's work
+        rows = slice(start, start + len(some))
+        for k in range(K):
+            crops, extents = zip(*(view(image, n, k) for image, n in zip(some, numbers[rows])))
+            height, width = torch.tensor(extents).T[..., None]                          # B 1, B 1
+            valid[k, rows] = (first < height)[:, :, None] & (first < width)[:, None]
+            crops = torch.stack(crops)
+            x[k, rows] = crops if cfg.finetune else segmenter.features(crops).half()
+    return x, valid, hypotheses(segmenter, samples).to(x.device)
+
+
+def agreement(masks):
+    """How often two images have the same class at the same patch, from 1/C to 1: at 1 the masks ignore the images.
+
+    masks: C×h×w, the masks M of all images, summed.
+    """
+    count = masks.sum(0)                                                                # h w
+    same = (masks / count.clamp(min=1)).square().sum(0)                                 # h w
+    return ((same * count).sum() / count.sum()).item()
+
+
+def train(segmenter, data, N, out, resume):
+    """Learn the Rectifier (and with finetune CLIP's image encoder) from hypotheses alone; log a line an epoch.
+
+    data: x, valid, y of training_data, computed from N images. Each epoch goes through one view of every image. Of several
+    processes each takes its own images out of every batch, and the weighted mean of their gradients is the batch's.
+    """
+    cfg, recipe, rectifier, device = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.rectifier, segmenter.device
+    x, valid, y = data
+    groups = [{"params": [rectifier.V], "lr": cfg.lr},
+              {"params": [p for p in rectifier.parameters() if p is not rectifier.V], "lr": cfg.lr_conv}]
+    if cfg.finetune:
+        segmenter.clip.visual.requires_grad_(True)
+        groups.append({"params": list(segmenter.clip.visual.parameters()), "lr": recipe["lr_encoder"]})
+    optimizer = (torch.optim.SGD(groups, momentum=0.9, weight_decay=recipe["weight_decay"]) if cfg.optimizer == "sgd"
+                 else torch.optim.Adam(groups, weight_decay=recipe["weight_decay"]))
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, cfg.epochs, power=0.9)
+    partial, begin = out / "rectify.partial.pt", 0
+    if resume and partial.is_file():
+        state = load_checkpoint(partial)
+        refuse_other_run(state, cfg, segmenter.names, partial)
+        segmenter.restore(state)
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        begin = state["epoch"]
+        log = out / "log.jsonl"
+        if RANK == 0 and log.is_file():                 # an epoch that was logged and not saved runs again
+            log.write_text("".join(log.read_text().splitlines(keepends=True)[:begin]))
+        print(f"resuming after epoch {begin} of {cfg.epochs}")
+    else:
+        for old in (partial, out / "log.jsonl"):
+            old.unlink(missing_ok=True)
+
+    if device.type == "cuda" and WORLD > 1:             # BatchNorm sees the whole batch, which it can on GPUs only
+        nn.SyncBatchNorm.convert_sync_batchnorm(rectifier)
+    model = in_step(segmenter, device, cfg.compile, find_unused_parameters=cfg.space == "off" or cfg.finetune)
+    steps = -(-N // cfg.batch)
+    bar = tqdm(total=cfg.epochs * steps, initial=begin * steps, desc=cfg.method, unit="step")
+    for epoch in range(begin, cfg.epochs):
+        k, total, masks = epoch % cfg.views, torch.zeros((), device=device), 0
+        rectifier.train()
+        for i, size, weight in own_batches(order_of(cfg.seed, epoch, N), cfg.batch, x.device):
+            logits, f = model(x[k, i].to(device))
+            M = gumbel_mask(logits, cfg.alpha)
+            present, picture = y[i].to(device), valid[k, i].to(device)
+            loss = weight * contrastive_loss(M, f, segmenter.T, present, segmenter.scale, picture, cfg.pool)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            masks += (M.detach() * picture[:, None]).sum(0)                             # C h w
+            total += loss.detach() * size               # weight · size = WORLD · own images: over N · WORLD it is the mean
+            bar.update()
+        if WORLD > 1:
+            distributed.all_reduce(total)
+            distributed.all_reduce(masks)
+        mean, same, lr = total.item() / N / WORLD, agreement(masks), schedule.get_last_lr()[0]
+        schedule.step()
+        bar.set_postfix(epoch=epoch + 1, loss=f"{mean:.3f}", agreement=f"{same:.2f}")
+        if RANK == 0 and epoch == 0 and same > COLLAPSED:
+            bar.write(f"warning: the masks hardly depend on the image: two images have the same class on {same:.0%} of their "
+                      "patches. This run has collapsed; lower --lr-conv, --lr or --alpha", file=sys.stderr)
+        if not np.isfinite(mean):
+            raise UserError(f"the loss is {mean} in epoch {epoch + 1}; lower --lr, or --alpha (log: {out / 'log.jsonl'})")
+        if RANK == 0:
+            with open(out / "log.jsonl", "a") as log:
+                log.write(json.dumps({"epoch": epoch + 1, "loss": round(mean, 5), "agreement": round(same, 4), "lr": lr}) + "\n")
+            save(partial, {**segmenter.state(), "epoch": epoch + 1, "optimizer": optimizer.state_dict(),
+                           "schedule": schedule.state_dict()})
+    bar.close()
+    rectifier.eval()
+    segmenter.clip.requires_grad_(False)
+
+
+# =============================================================================================================== 5 prediction
+
+def denoise(logits, sharpness, least):
+    """Prompt denoising: a class whose best probability softmax(sharpness · logits) in an image is below `least` leaves it.
+
+    logits: B×C×h×w. Returns them with -1e4 for those classes, which interpolation bears and -inf does not (0 · inf is NaN).
+    Where no class is left all stay (the authors' argmax falls to class 0).
+    """
+    if not least:
+        return logits
+    gone = (sharpness * logits).softmax(1).amax((2, 3), keepdim=True) < least           # B C 1 1
+    return logits.masked_fill(gone & ~gone.all(1, keepdim=True), -1e4)
+
+
+def upsample(logits, patch, resized, original):
+    """Grid logits B×C×h×w to the size of the resized picture (padding cut off), then to the original's: bilinear, twice."""
+    h, w = logits.shape[-2:]
+    logits = F.interpolate(logits, (h * patch, w * patch), mode="bilinear")[..., :resized[0], :resized[1]]
+    return F.interpolate(logits, original, mode="bilinear")
+
+
+@torch.no_grad()
+def predict(segmenter, images):
+    """Masks of uint8 pictures B×3×H×W: {"maskclip": B×H×W, and the method's own, where there is one}."""
+    cfg, recipe = segmenter.cfg, recipe_of(segmenter.cfg)
+    x = fit(images.to(segmenter.device), recipe["size"])
+    f = segmenter.features(x)
+    logits = {"maskclip": similarity(segmenter.maskclip(x, f), segmenter.T)}
+    if segmenter.rectifier is not None:
+        rectified = segmenter.rectified(f, segmenter.reference())
+        logits[cfg.method] = denoise(rectified, SHARPNESS[cfg.method], cfg.denoise)
+    patch = segmenter.clip.visual.patch_size[0]
+    return {name: upsample(l, patch, x.shape[-2:], images.shape[-2:]).argmax(1) for name, l in logits.items()}
+
+
+# ============================================================================================================================
+# The method ends here. Everything below serves it.
+# ============================================================================================================================
+
+
+# =============================================================================================================== 6 evaluation
+
+def confusion(label, prediction, classes):
+    """C×C int64, rows the truth, columns the prediction; pixels labelled 255 do not count."""
+    known = label != VOID
+    return torch.bincount(label[known].long() * classes + prediction[known], minlength=classes ** 2).view(classes, classes)
+
+
+def iou(matrix):
+    """IoU in percent of each class, C; NaN for a class that neither the truth nor the prediction has."""
+    hit = matrix.diagonal().double()
+    return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)
+
+
+def objects(label, prediction):
+    """(distance in px of its centroid from the picture's centre, IoU in percent, class) of each object in one H×W mask.
+
+    An object is what the picture holds of a class (VOC's layout tells classes, not instances). For Fig. 1(a) and 5.
+    """
+    centre = torch.tensor([(n - 1) / 2 for n in label.shape])
+    known, found = label != VOID, []
+    for c in label[known].unique():
+        truth, guess = label == c, (prediction == c) & known
+        distance = (truth.nonzero().float().mean(0).cpu() - centre).norm()
+        found.append((distance.item(), 100 * ((truth & guess).sum() / (truth | guess).sum()).item(), c.item()))
+    return found
+
+
+def evaluate(predict, samples, names):
+    """Measure masks against ground truth, streamed. predict: uint8 B×3×H×W -> {method: B×H×W}.
+
+    Returns ({method: {"mIoU": percent, "IoU": {name: percent}}}, {method: what `objects` says, and the Sample});
+    a class that never occurs has IoU None.
+    """
+    C, matrices, found = len(names), {}, {}
+    bar = tqdm(total=len(samples), desc="evaluating", unit="img", leave=False)
+    for batch, images, labels in batches_of_one_size(samples, 16, C):
+        for method, masks in predict(images).items():
+            labels = labels.to(masks.device)
+            matrices[method] = matrices.get(method, 0) + confusion(labels, masks, C)
+            for sample, label, mask in zip(batch, labels, masks):
+                found.setdefault(method, []).extend((*thing, sample) for thing in objects(label, mask))
+        bar.update(len(batch))
+    bar.close()
+    if not any(found.values()):
+        raise UserError(f"{samples[0].label.parent}: the masks of the validation images hold no class, only background or void")
+    results = {}
+    for method, matrix in matrices.items():
+        each = iou(matrix)
+        results[method] = {"mIoU": round(each.nanmean().item(), 3),
+                           "IoU": {n: None if np.isnan(v) else round(v, 3) for n, v in zip(names, each.tolist())}}
+    return results, found
+
+
+def judge(y, truth):
+    """How good hypotheses are, N×C bool both: {"precision", "recall", "classes_per_image"}."""
+    hits = (y & truth).sum().item()
+    return {"precision": round(hits / max(1, y.sum().item()), 4), "recall": round(hits / max(1, truth.sum().item()), 4),
+            "classes_per_image": round(y.sum().item() / len(y), 3)}
+
+
+def classes_present(samples, C):
+    """N×C bool, the classes that ground truth shows in each sample."""
+    labels = read_ahead(lambda s: load_label(s.label, load_image(s.image).shape[1:], C), samples)
+    return torch.stack([torch.bincount(label.flatten().long(), minlength=VOID + 1)[:C] > 0 for label in labels])
+
+
+def print_table(results, names):
+    """IoU of every class and the mean, a column a method; of several, with the gain of the last over the first."""
+    methods, wide = list(results), max(len(n) for n in [*names, "mIoU"])
+    print("\n" + " " * wide + "".join(f"{m:>11}" for m in methods) + ("       gain" if len(methods) > 1 else ""))
+    rows = [(n, [results[m]["IoU"][n] for m in methods]) for n in names] + [("mIoU", [results[m]["mIoU"] for m in methods])]
+    for name, values in rows:
+        if name == "mIoU":
+            print("-" * (wide + 11 * (len(methods) + (len(methods) > 1))))
+        print(f"{name:<{wide}}" + "".join("          -" if v is None else f"{v:11.1f}" for v in values)
+              + (f"{values[-1] - values[0]:+11.1f}" if len(values) > 1 and None not in values else ""))
+    print()
+
+
+# ===================================================================================================================== 7 data
 
 VOC_NAMES = ["airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog",
              "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
@@ -570,416 +1105,6 @@ def _stack(group):
     return samples, torch.stack(images), None if labels[0] is None else torch.stack(labels)
 
 
-# =========================================================================================================== 3 CLIP
-
-def load_clip(cfg, device):
-    """open_clip's model, frozen and in eval mode, with its tokenizer.
-
-    Raises UserError where it cannot be had, and before anything is fetched where its towers are not CLIP's own.
-    """
-    import open_clip                                    # here, not at the top: a student is run without it
-    if not cfg.recipe and cfg.clip.startswith("ViT") and cfg.pretrained == "openai" and "quickgelu" not in cfg.clip:
-        print(f"warning: the openai weights were trained with QuickGELU, {cfg.clip} computes GELU; "
-              f"you may want {cfg.clip}-quickgelu")
-    scheme, _, folder = cfg.clip.rpartition(":")
-    name = cfg.clip if scheme else cfg.clip.replace("/", "-")                           # ViT-B/16, as papers write it
-    if scheme == "local-dir" and not Path(folder).is_dir():
-        name = f"{scheme}:{HERE / folder}"
-    logging.disable(logging.WARNING)                    # open_clip tells every step of its loading
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore" if cfg.recipe else "default", "QuickGELU mismatch")        # there it is meant
-            check_towers(open_clip.get_model_config(name) or {})                        # {}: an unknown name
-            clip = open_clip.create_model(name, cfg.pretrained or None, device=device, require_pretrained=bool(scheme),
-                                          force_preprocess_cfg=recipe_of(cfg).get("preprocess"))
-        tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:                          # open_clip, torch and safetensors have no error class in common
-        raise UserError(f"cannot load CLIP {cfg.clip} {cfg.pretrained}: {(str(error) or repr(error)).splitlines()[0]}")
-    finally:
-        logging.disable(logging.NOTSET)
-    return clip.eval().requires_grad_(False), tokenizer
-
-
-def check_towers(config):
-    """Raise ValueError where open_clip's configuration of a CLIP has towers that this section does not compute."""
-    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
-    vit = isinstance(vision.get("layers", 12), int) and not any(vision.get(key) for key in (
-        "timm_model_name", "attentional_pool", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn",
-        "scale_fc"))
-    clips = (text.get("pool_type", "argmax"), text.get("vocab_size", 49408)) == ("argmax", 49408) and not any(
-        text.get(key) for key in ("hf_model_name", "hf_tokenizer_name", "no_causal_mask", "embed_cls", "proj_bias"))
-    for right, wrong in [(vit, "image tower is not open_clip's own ViT with a class token"),
-                         (clips, "text tower is not CLIP's own, with CLIP's tokens, a causal mask and the feature at EOT")]:
-        if not right:
-            raise ValueError(f"its {wrong}; take a CLIP like ViT-B-16-quickgelu")
-
-
-def normalise(clip, images):
-    """uint8 B×3×H×W to what CLIP takes: (x / 255 - mean) / std, those of its training but with --recipe 2024."""
-    mean, std = (clip.visual.preprocess_cfg[k] for k in ("mean", "std"))                # numbers: a GPU would wait for tensors
-    return torch.stack([(x - m) / s for x, m, s in zip((images.float() / 255).unbind(1), mean, std)], dim=1)
-
-
-def positional_embedding(clip, grid):
-    """PE: 1×d×h×w, CLIP's positional embedding without CLS, bicubic-resized to the grid (h, w)."""
-    visual = clip.visual
-    pe = visual.positional_embedding[1:].T.reshape(1, -1, *visual.grid_size)            # 1 d h w
-    return pe if grid == tuple(visual.grid_size) else F.interpolate(pe, grid, mode="bicubic", antialias=False)
-
-
-def last_block(block, x, grid, features):
-    """CLIP's last transformer block, B×(1+hw)×d to the same, with the attention that dense prediction wants.
-
-    "stock" is CLIP's own; maskclip: each token is its own value (Zhou 2022); sclip: q·q + k·k (Wang 2024);
-    clearclip: q·q, without residual and MLP (Lan 2024); naclip: k·k and a Gaussian around each patch, likewise (Hajimiri 2025).
-    """
-    if features == "stock":
-        return block(x)
-    attn = block.attn
-    q, k, v = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)     # B 1+hw d
-    if features != "maskclip":
-        q, k, v = (y.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for y in (q, k, v))       # B heads 1+hw d/heads
-        scale = q.size(-1) ** -0.5
-        if features == "sclip":
-            A = (q @ q.mT * scale).softmax(-1) + (k @ k.mT * scale).softmax(-1)
-        elif features == "clearclip":
-            A = (q @ q.mT * scale).softmax(-1)
-        else:
-            yx = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in grid)).float()   # hw 2
-            near = torch.exp(-torch.cdist(yx, yx).square() / (2 * 5 ** 2))                          # std 5 patches
-            A = (k @ k.mT * scale + F.pad(near, (1, 0, 1, 0))).softmax(-1)
-        v = (A @ v).transpose(1, 2).flatten(2)                                                     # B 1+hw d
-    v = block.ls_1(attn.out_proj(v))                    # ls: LayerScale, the identity in most CLIPs
-    if features in ("clearclip", "naclip"):
-        return v
-    v = v + x
-    return v + block.ls_2(block.mlp(block.ln_2(v)))
-
-
-def encode_image(clip, x, features):
-    """CLIP's image tower on pictures of any size.
-
-    x: B×3×H×W, normalised; padded at the bottom and right to whole patches.
-    features: the attention of the last block. "stock" gives open_clip's own pooled image feature B×D; any other the dense
-    feature f, B×D×h×w. Unit norm.
-    """
-    visual = clip.visual
-    p_h, p_w = visual.patch_size
-    x = F.pad(x, (0, -x.size(-1) % p_w, 0, -x.size(-2) % p_h))
-    x = visual.conv1(x)                                                                 # B d h w
-    grid = tuple(x.shape[-2:])
-    x = (x + positional_embedding(clip, grid)).flatten(2).mT                            # B hw d
-    cls = visual.class_embedding + visual.positional_embedding[0]
-    x = visual.ln_pre(torch.cat([cls.expand(len(x), 1, -1), x], dim=1))                 # B 1+hw d
-    for block in visual.transformer.resblocks[:-1]:
-        x = block(x)
-    x = last_block(visual.transformer.resblocks[-1], x, grid, features)
-    if features == "stock":
-        return F.normalize((visual._pool(x)[0] @ visual.proj).float(), dim=-1)          # B D
-    f = (visual.ln_post(x[:, 1:]) @ visual.proj).float()                                # B hw D; normalised in fp32, also in_bf16
-    return F.normalize(f, dim=-1).mT.unflatten(-1, grid)                                # B D h w
-
-
-def in_bf16(device, precision="auto"):
-    """Autocast to bfloat16 for what is large: CLIP's image tower, and the student in training. auto: on a GPU that has it.
-
-    Not for the text encoder: a training step has few tokens for it, and would cast its frozen weights anew each time.
-    """
-    enabled = has_bf16(device.type) if precision == "auto" else precision == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-@torch.compiler.assume_constant_result                  # or --compile would start anew with every step
-def has_bf16(kind):
-    """Whether devices of this kind compute with bfloat16 themselves; CPUs are not asked."""
-    return kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def templates():
-    """The 85 sentences that T is averaged over, as functions of the name: OpenAI's 80 for ImageNet and five of a scene."""
-    from open_clip import OPENAI_IMAGENET_TEMPLATES
-    scene = ["there is a {} in the scene.", "there is the {} in the scene.", "this is a {} in the scene.",
-             "this is the {} in the scene.", "this is one {} in the scene."]
-    return [*OPENAI_IMAGENET_TEMPLATES, *(sentence.format for sentence in scene)]
-
-
-@torch.no_grad()
-def text_features(clip, tokenizer, names):
-    """T: C×D, unit rows. Each name in 85 sentences, encoded, averaged, normalised."""
-    device, rows = clip.logit_scale.device, []
-    for name in names:
-        tokens = tokenizer([template(name) for template in templates()]).to(device)
-        rows.append(F.normalize(clip.encode_text(tokens, normalize=True).mean(0), dim=0))
-    return torch.stack(rows)
-
-
-def kept_text_features(clip, tokenizer, names, cfg):
-    """text_features, kept in <root>/cache/ for later runs with the same CLIP, weights, names and templates."""
-    weights = [p.sum(dtype=torch.double).item() for p in clip.parameters()]             # tells weights apart, without a slow hash
-    key = repr((cfg.clip, weights, names, [template("") for template in templates()]))
-    path = Path(cfg.root) / f"cache/text-{hashlib.md5(key.encode()).hexdigest()}.pt"
-    with contextlib.suppress(Exception):                # not there, or broken: torch.load has no error class of its own
-        return torch.load(path, map_location=clip.logit_scale.device, weights_only=True)
-    T = text_features(clip, tokenizer, names)
-    with contextlib.suppress(OSError):                  # a root that cannot be written to costs time and nothing else
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(path, T)
-    return T
-
-
-def _text(clip):
-    """The text tower: a part of its own in some open_clip models, the model itself in others."""
-    return getattr(clip, "text", clip)
-
-
-def name_tokens(clip, tokenizer, names):
-    """The bare names as tokens, C×n int, n the longest name and EOT; padded with 0. Returns (tokens, longest prompt L)."""
-    tokens = tokenizer(names)[:, 1:]                                                    # drop SOS
-    lengths, context = tokens.argmax(1) + 1, _text(clip).positional_embedding.size(0)   # EOT has the largest number
-    longest = int(lengths.max())
-    if longest + 1 >= context:                          # the tokenizer has cut it, and no learnable token would fit
-        name = names[int(lengths.argmax())]
-        raise UserError(f"class name '{name}' is too long for this CLIP's {context} tokens; shorten it")
-    tokens = tokens[:, :longest].to(clip.logit_scale.device)
-    unmet = (_text(clip).token_embedding(tokens) == 0).all(-1).any(1)                       # rows the tiny CLIP never trained
-    new = [name for name, row in zip(names, unmet) if row]
-    if new:
-        print(f"warning: this CLIP has never met the words of {', '.join(new)}; expect nonsense for them")
-    return tokens, context - 1 - longest
-
-
-def reference_features(clip, V, tokens):
-    """R: C×D before its norm is set. The prompt [SOS][v1..vL][name][EOT] of each class, through the frozen text encoder.
-
-    V: L×d, learnable tokens that all classes share, or C×L×d. tokens: C×n, the names and EOT. Differentiable in V.
-    Text sees what stands before it only, so a shared [SOS][v1..vL] is the same for every name: all names stand behind it in one
-    sequence, and the mask hides them from each other. Cost: 1+L+C·n tokens instead of C·(1+L+n).
-    """
-    text, (C, n), L, device = _text(clip), tokens.shape, V.size(-2), tokens.device
-    arange = functools.partial(torch.arange, device=device)
-    prompts, behind = (1, C) if V.ndim == 2 else (C, 1)                                 # how many, and names behind each
-    # two names behind a shared prompt:  SOS v1..vL | cat EOT 0         | potted plant EOT
-    # place, for the positional embedding: 0   1..L | L+1 L+2 L+3       | L+1 L+2 L+3       (0: padding, which EOT does not see)
-    # name, whose token it is:            -1  -1..  | 0   0   0         | 1   1   1
-    sos = text.token_embedding.weight[-2].expand(prompts, 1, -1)                        # SOS is the last but one word
-    names = text.token_embedding(tokens).view(prompts, behind * n, -1)
-    x = torch.cat([sos, V.view(prompts, L, -1), names], dim=1)                          # prompts 1+L+behind·n d
-    place = torch.cat([arange(1 + L), (1 + L + arange(n)).repeat(behind)])
-    name = torch.cat([torch.full((1 + L,), -1, device=device), arange(behind).repeat_interleave(n)])
-    seen = (place <= place[:, None]) & ((name == -1) | (name == name[:, None]))         # row sees column
-    mask = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)
-    x = text.ln_final(text.transformer(x + text.positional_embedding[place], attn_mask=mask))
-    ends = x[:, 1 + L:].reshape(C, n, -1)[arange(C), tokens.argmax(1)]                  # at EOT, which has the largest number
-    return ends @ text.text_projection                                                  # C D
-
-
-# =========================================================================================================== 4 method
-
-def set_norm(R, norm):
-    """R: C×D with unit Frobenius norm (the authors' code; a row's length falls as 1/√C) or with unit rows."""
-    return R / R.norm() if norm == "frobenius" else F.normalize(R, dim=1)
-
-
-def similarity(f, T):
-    """f·Tᵀ at every pixel: B×D×h×w and C×D to B×C×h×w, cosines in [-1, 1] where both are unit."""
-    return torch.einsum("bdhw,cd->bchw", f, T)
-
-
-def bias_reclip(f, R, P):
-    """ReCLIP's bias logit map, B = f·Rᵀ + P: B×C×h×w. f·Rᵀ is the class-preference bias, P: C×h×w the space-preference bias."""
-    return similarity(f, R) + P
-
-
-def bias_reclip_pp(R, P):
-    """ReCLIP++'s bias logit map, B = P·Rᵀ: C×h×w, the same for every image. P: D×h×w."""
-    return torch.einsum("dhw,cd->chw", P, R)
-
-
-class Rectifier(nn.Module):
-    """Everything that is learned: the Reference prompt V, the positional projection g, and ReCLIP++'s mask decoder.
-
-    forward(f, T, R, PE): f B×D×h×w, T and R C×D, PE 1×d×h×w -> rectified logits B×C×h×w.
-    """
-
-    def __init__(self, cfg, classes, dim, d_image, d_text, L):
-        super().__init__()
-        self.method, self.space = cfg.method, cfg.space == "on"
-        shape = (L, d_text) if cfg.prompt == "shared" else (classes, L, d_text)
-        self.V = nn.Parameter(0.02 * torch.randn(shape))                                # CLIP's own scale of token embeddings
-        if self.method == "reclip":
-            self.g = nn.Sequential(                                                     # widths of the released checkpoints
-                nn.Conv2d(d_image, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256), nn.ReLU(),
-                nn.Conv2d(256, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
-                nn.Conv2d(64, classes, 3, padding=1, bias=False), nn.BatchNorm2d(classes), nn.ReLU())
-        else:
-            self.g = nn.Conv2d(d_image, dim, 1)
-            self.decoder = nn.Sequential(nn.Conv2d(dim + classes, classes, 5, padding=2, bias=False),
-                                         nn.BatchNorm2d(classes))
-        convs = self.g[::3] if self.method == "reclip" else self.decoder[:1]            # ReCLIP++'s g starts as PyTorch's
-        for m in convs:
-            nn.init.kaiming_normal_(m.weight, mode="fan_out")
-        if cfg.start == "ours" and self.method == "reclip":
-            nn.init.constant_(self.g[7].weight, 0.01)   # P near 0, where f·T decides; at 0 the ReLU would be dead
-        elif cfg.start == "ours":                       # P = 0 at first, and B is nothing
-            nn.init.zeros_(self.g.weight)
-            nn.init.zeros_(self.g.bias)
-
-    def forward(self, f, T, R, PE):
-        logits = similarity(f, T)
-        P = self.g(PE)[0] if self.space else torch.zeros((), device=f.device)
-        if self.method == "reclip":
-            return logits - bias_reclip(f, R, P)
-        rectified = logits - bias_reclip_pp(R, P) if self.space else logits
-        return self.decoder(torch.cat([f, rectified], dim=1))
-
-
-def gumbel_mask(logits, alpha):
-    """M: B×C×h×w, one-hot over the classes at every pixel; GumbelSoftmax(alpha · logits, τ = 1, hard), differentiable."""
-    return F.gumbel_softmax(alpha * logits, tau=1, hard=True, dim=1)
-
-
-def contrastive_loss(M, f, T, y, scale, valid, pool):
-    """CE(scale · z_c·Tᵀ, c) with z_c = pool(M_c ⊙ f), averaged over an image's classes, then over the batch.
-
-    M: B×C×h×w masks. f: B×D×h×w. T: C×D. y: B×C bool, the hypothesis. scale: CLIP's exp(logit_scale).
-    valid: B×h×w bool, false where the crop is padding. pool: "grid" divides by the number of valid patches (authors' code: of
-    all), "mask" by the mask's area.
-    """
-    M = M * valid[:, None]
-    z = torch.einsum("bchw,bdhw->bcd", M, f)                                            # B C D
-    area = M.sum((2, 3))[..., None].clamp(min=1) if pool == "mask" else valid.sum((1, 2)).view(-1, 1, 1)
-    logits = scale * (z / area) @ T.T                                                   # B C C
-    own = -logits.log_softmax(-1).diagonal(dim1=1, dim2=2)                              # B C
-    return ((own * y).sum(1) / y.sum(1).clamp(min=1)).mean()
-
-
-class Segmenter(nn.Module):
-    """CLIP, its text features T, and a Rectifier, whose prompt gives R. Built for training, or by `load` from a checkpoint.
-
-    A Module so that `in_step` can wrap a training step, which is its forward(x): dense features f B×D×h×w, or with finetune
-    the uint8 views that they are computed from -> rectified logits B×C×h×w, f. distill.py uses it as the teacher.
-    """
-
-    def __init__(self, cfg, names, device):
-        super().__init__()
-        self.cfg, self.names, self.device = cfg, names, device
-        self.clip, self.tokenizer = load_clip(cfg, device)
-        self.frozen = copy.deepcopy(self.clip) if cfg.finetune else self.clip    # MaskCLIP's, the baseline
-        self.tokens, L = name_tokens(self.clip, self.tokenizer, names)
-        self.T = kept_text_features(self.clip, self.tokenizer, names, cfg)
-        self.scale = self.clip.logit_scale.exp().item()
-        self.rectifier = self.R = None                  # R: kept by `reference` where nothing trains
-        if cfg.method != "maskclip":
-            self.rectifier = Rectifier(cfg, len(names), self.T.size(1), self.clip.visual.conv1.out_channels,
-                                       _text(self.clip).token_embedding.embedding_dim, L).to(device)
-            if cfg.start == "authors":
-                self.rectifier.V.data[:] = _text(self.clip).token_embedding.weight[0]
-
-    @functools.cached_property
-    def stock(self):
-        """(CLIP, T) of the hypothesis: as its weights were trained, and its own text features, in either regime."""
-        if not self.cfg.recipe:
-            return self.frozen, self.T
-        cfg = replace(self.cfg, recipe="", clip=RECIPES[self.cfg.dataset]["clip"])
-        clip, tokenizer = load_clip(cfg, self.device)
-        return clip, kept_text_features(clip, tokenizer, self.names, cfg)
-
-    def encode(self, clip, images, features):
-        """encode_image of uint8 pictures B×3×H×W, on the device and in the precision that were asked for."""
-        with in_bf16(self.device, self.cfg.precision):
-            return encode_image(clip, normalise(clip, images.to(self.device)), features)
-
-    def features(self, images):
-        """f: B×D×h×w of uint8 pictures B×3×H×W."""
-        return self.encode(self.clip, images, self.cfg.features)
-
-    def maskclip(self, images, f):
-        """MaskCLIP's dense features, the baseline's, of pictures whose own are f: the same where the encoder was not trained."""
-        return self.encode(self.frozen, images, self.cfg.features) if self.cfg.finetune else f
-
-    def reference(self):
-        """R: C×D, with its norm. Where nothing trains it goes through the text encoder once, and not for every batch."""
-        make = lambda: set_norm(reference_features(self.clip, self.rectifier.V, self.tokens), self.cfg.norm)
-        if self.rectifier.training or torch.is_grad_enabled():
-            self.R = None
-            return make()
-        self.R = make() if self.R is None else self.R
-        return self.R
-
-    def rectified(self, f, R):
-        """Rectified logits B×C×h×w of dense features."""
-        return self.rectifier(f, self.T, R, positional_embedding(self.clip, tuple(f.shape[-2:])))
-
-    def forward(self, x):
-        f = self.features(x) if self.cfg.finetune else x.float()
-        return self.rectified(f, self.reference()), f
-
-    @classmethod
-    def load(cls, path, **changes):
-        """The Segmenter of a checkpoint, in eval mode; `changes` to its configuration (device, out, ..)."""
-        state = load_checkpoint(path)
-        cfg = replace(Config(**state["config"]), **changes)
-        segmenter = cls(cfg, state["names"], pick_device(cfg))
-        segmenter.restore(state)
-        return segmenter
-
-    def state(self):
-        """What a checkpoint holds: tensors and plain values only."""
-        return {"config": asdict(self.cfg), "names": self.names, "rectifier": self.rectifier.state_dict(),
-                "clip": self.clip.visual.state_dict() if self.cfg.finetune else None}
-
-    def restore(self, state):
-        """Take the weights of a checkpoint, in place and in eval mode."""
-        self.R = None
-        self.rectifier.load_state_dict(state["rectifier"])
-        self.rectifier.eval()
-        if state["clip"]:
-            self.clip.visual.load_state_dict(state["clip"])
-
-
-# ========================================================================================================= 5 training
-
-@contextlib.contextmanager
-def first_alone():
-    """What is in it runs in the first process alone, which may download and convert, and then in the others, which find it."""
-    if RANK > 0:
-        distributed.barrier()
-    try:
-        yield
-    finally:
-        if RANK == 0 and WORLD > 1:
-            distributed.barrier()
-
-
-@torch.no_grad()
-def hypothesise(segmenter, images):
-    """y: B×C bool, the classes that stock CLIP believes an image to hold; of uint8 pictures B×3×H×W.
-
-    threshold: the cosine of the image's feature with T is at least t. softmax (ours): the softmax over the classes of
-    scale · cosine is. Where none passes, the top K. windows (ReCLIP++): a window slides over the image at half its side; y is
-    the union of each window's best class. The picture is CLIP's centre crop for the real datasets, and the whole of it
-    (positional embedding resized) in Emoji VOC, where things stand at the edges.
-    """
-    cfg, recipe, (clip, T) = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.stock
-    images, side = images.to(segmenter.device), clip.visual.image_size[0]
-
-    def see(x):
-        return segmenter.encode(clip, x, "stock") @ T.T                                                         # B C
-
-    if cfg.hypothesis == "windows":
-        x, window = fit(images, recipe["size"]), recipe["window"]
-        corners = [[*range(0, n - window, window // 2), max(n - window, 0)] for n in x.shape[-2:]]
-        tiles = [v2.functional.resize(x[..., top:top + window, left:left + window], [side, side])
-                 for top in corners[0] for left in corners[1]]
-        return torch.stack([F.one_hot(see(tile).argmax(1), len(segmenter.names)) for tile in tiles]).amax(0).bool()
-    x = fit(images, (10 ** 6, side), mode=v2.InterpolationMode.BICUBIC)                 # as CLIP itself is shown an image
-    s = see(x if recipe["whole"] else v2.functional.center_crop(x, side))
-    if cfg.hypothesis == "softmax":
-        s = (segmenter.scale * s).softmax(1)
-    best = F.one_hot(s.topk(min(cfg.top_k, s.size(1)), dim=1).indices, s.size(1)).amax(1).bool()
-    return torch.where((s >= cfg.t).any(1, keepdim=True), s >= cfg.t, best)
-
-
 def hypotheses(segmenter, samples):
     """y: N×C bool, the hypothesis of every sample."""
     found = {}
@@ -988,348 +1113,7 @@ def hypotheses(segmenter, samples):
     return torch.stack([found[sample.image] for sample in samples])         # an image may be listed twice
 
 
-class PhotometricDistort(v2.RandomPhotometricDistort):
-    """torchvision's, but that channels change places without an index from the host, for which a GPU would wait."""
-
-    def transform(self, image, params):
-        image = super().transform(image, params | {"channel_permutation": None})
-        order = params["channel_permutation"]
-        return image if order is None else torch.stack([image[c] for c in order.tolist()])
-
-
-def augmented(image, recipe):
-    """A random view of a picture 3×H×W: resized, flipped, colours distorted, cropped; small ones padded at the bottom right.
-
-    Returns (3×crop×crop uint8, (height, width) of what is picture in it). The authors redraw a crop until no ground-truth
-    class fills three quarters of it; ours never asks.
-    """
-    crop, (low, high), (factor, mirror, *corner) = recipe["crop"], recipe["jitter"], torch.rand(4).tolist()
-    image = fit(image, recipe["size"], low + (high - low) * factor)
-    if mirror < 0.5:
-        image = image.flip(-1)
-    image = PhotometricDistort()(image)
-    top, left = (int(u * (max(n - crop, 0) + 1)) for u, n in zip(corner, image.shape[1:]))
-    image = image[:, top:top + crop, left:left + crop]
-    height, width = image.shape[1:]
-    return F.pad(image, (0, crop - width, 0, crop - height)), (height, width)
-
-
-def free_memory(device):
-    """Bytes free on a device; of RAM, where the system does not tell (macOS), half of what the machine has."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:                                                # with what the system's file cache would give back
-        return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
-    except (OSError, IndexError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def make_room(shape, dtype, device, out):
-    """An empty tensor where it fits: on the device, else in RAM, else in a file in the folder `out`. It prints where.
-
-    It takes no more than a share of what is free: training needs some too. Raises UserError where there is no room at all.
-    """
-    size = math.prod(shape)
-    need, share = size * dtype.itemsize / 1e9, 0.7
-    for place in dict.fromkeys([device, torch.device("cpu")]):
-        users = WORLD if place.type == "cpu" else 1
-        if need * users <= share * free_memory(place) / 1e9:
-            print(f"features: {need:.3g} GB in " + ("RAM" if place.type == "cpu" else "the GPU's memory"))
-            return torch.empty(shape, dtype=dtype, device=place)
-    missing = WORLD * need - share * shutil.disk_usage(out).free / 1e9
-    if missing > 0:
-        raise UserError(f"{out}: {WORLD * need:.3g} GB of features fit neither memory nor this disk, which lacks "
-                        f"{missing:.3g} GB; fewer --views need less, or give --out on a larger disk")
-    print(f"features: {need:.3g} GB in a file in {out}")
-    file = out / f"features.{RANK}.tmp"
-    x = torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)
-    file.unlink()                                       # only its name: the space is free when x is, however the run ends
-    return x
-
-
-@torch.no_grad()
-def training_data(segmenter, samples):
-    """Everything frozen, computed once: x, valid, y.
-
-    x: K×N×D×h×w half, the dense features f of K augmented views of each image; K×N×3×crop×crop uint8, the views themselves,
-    where the encoder is trained too. valid: K×N×h×w bool, patches that are picture. y: N×C bool, the hypothesis. All lie where
-    `make_room` finds room for x. Of several processes each computes and keeps every WORLD-th image.
-    A view depends on the seed and its numbers alone. Cost: K·N passes of CLIP, and N for y (windows: one each); K·N·D·h·w·2 B.
-    """
-    cfg, recipe, device = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.device
-    numbers, samples = range(RANK, len(samples), WORLD), samples[RANK::WORLD]
-    K, N, crop = cfg.views, len(samples), recipe["crop"]
-    first = torch.arange(0, crop, segmenter.clip.visual.patch_size[0])                  # first pixel of every patch
-    shape = (3, crop, crop) if cfg.finetune else (segmenter.T.size(1), len(first), len(first))
-    x = make_room((K, N, *shape), torch.uint8 if cfg.finetune else torch.half, device, Path(cfg.out))
-    valid = torch.empty(K, N, len(first), len(first), dtype=torch.bool, device=x.device)
-
-    def view(image, n, k):
-        torch.manual_seed(int(np.random.SeedSequence([cfg.seed, n, k]).generate_state(1)[0]))
-        return augmented(image, recipe)
-
-    images = read_ahead(lambda sample: load_image(sample.image), samples)
-    for start in tqdm(range(0, N, 32), "dense features", leave=False):
-        some = [image.to(device) for image in itertools.islice(images, 32)]             # what follows is the device's work
-        rows = slice(start, start + len(some))
-        for k in range(K):
-            crops, extents = zip(*(view(image, n, k) for image, n in zip(some, numbers[rows])))
-            height, width = torch.tensor(extents).T[..., None]                          # B 1, B 1
-            valid[k, rows] = (first < height)[:, :, None] & (first < width)[:, None]
-            crops = torch.stack(crops)
-            x[k, rows] = crops if cfg.finetune else segmenter.features(crops).half()
-    return x, valid, hypotheses(segmenter, samples).to(x.device)
-
-
-def order_of(seed, epoch, N):
-    """The order of an epoch's N images, the same in every process; what is drawn after it is each process's own.
-
-    An epoch's randomness is its own too, so that a resumed run repeats it.
-    """
-    torch.manual_seed(100_003 * seed + epoch)
-    order = torch.randperm(N)
-    if RANK > 0:
-        torch.manual_seed(hash((seed, epoch, RANK)))
-    return order
-
-
-def own_batches(order, batch, device):
-    """An epoch's batches as one of several processes sees them, an iterator of (i, size, weight).
-
-    i: where it keeps its own images of the batch. size: of the whole batch. weight: 1 for a fair share of it; who has no image
-    in it goes along with its first one, at 0. All i go to the device at once: a copy in each step would make the host wait.
-    """
-    batches = order.split(batch)
-    own = [i[i % WORLD == RANK] // WORLD for i in batches]
-    weights = [len(i) * WORLD / len(whole) for i, whole in zip(own, batches)]
-    own = [i if len(i) else torch.zeros(1, dtype=torch.long) for i in own]
-    return zip(torch.cat(own).to(device).split([*map(len, own)]), map(len, batches), weights)
-
-
-def in_step(module, device, compile, **options):
-    """The module as training calls it: of several processes with the mean of their gradients (DDP), and compiled where asked."""
-    if WORLD > 1:
-        gpu = [device.index] if device.type == "cuda" else None
-        module = nn.parallel.DistributedDataParallel(module, gpu, **options)
-    return torch.compile(module) if compile else module
-
-
-def agreement(masks):
-    """How often two images have the same class at the same patch, from 1/C to 1: at 1 the masks ignore the images.
-
-    masks: C×h×w, the masks M of all images, summed.
-    """
-    count = masks.sum(0)                                                                # h w
-    same = (masks / count.clamp(min=1)).square().sum(0)                                 # h w
-    return ((same * count).sum() / count.sum()).item()
-
-
-def train(segmenter, data, N, out, resume):
-    """Learn the Rectifier (and with finetune CLIP's image encoder) from hypotheses alone; log a line an epoch.
-
-    data: x, valid, y of training_data, computed from N images. Each epoch goes through one view of every image. Of several
-    processes each takes its own images out of every batch, and the weighted mean of their gradients is the batch's.
-    """
-    cfg, recipe, rectifier, device = segmenter.cfg, recipe_of(segmenter.cfg), segmenter.rectifier, segmenter.device
-    x, valid, y = data
-    groups = [{"params": [rectifier.V], "lr": cfg.lr},
-              {"params": [p for p in rectifier.parameters() if p is not rectifier.V], "lr": cfg.lr_conv}]
-    if cfg.finetune:
-        segmenter.clip.visual.requires_grad_(True)
-        groups.append({"params": list(segmenter.clip.visual.parameters()), "lr": recipe["lr_encoder"]})
-    optimizer = (torch.optim.SGD(groups, momentum=0.9, weight_decay=recipe["weight_decay"]) if cfg.optimizer == "sgd"
-                 else torch.optim.Adam(groups, weight_decay=recipe["weight_decay"]))
-    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, cfg.epochs, power=0.9)
-    partial, begin = out / "rectify.partial.pt", 0
-    if resume and partial.is_file():
-        state = load_checkpoint(partial)
-        refuse_other_run(state, cfg, segmenter.names, partial)
-        segmenter.restore(state)
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        begin = state["epoch"]
-        log = out / "log.jsonl"
-        if RANK == 0 and log.is_file():                 # an epoch that was logged and not saved runs again
-            log.write_text("".join(log.read_text().splitlines(keepends=True)[:begin]))
-        print(f"resuming after epoch {begin} of {cfg.epochs}")
-    else:
-        for old in (partial, out / "log.jsonl"):
-            old.unlink(missing_ok=True)
-
-    if device.type == "cuda" and WORLD > 1:             # BatchNorm sees the whole batch, which it can on GPUs only
-        nn.SyncBatchNorm.convert_sync_batchnorm(rectifier)
-    model = in_step(segmenter, device, cfg.compile, find_unused_parameters=cfg.space == "off" or cfg.finetune)
-    steps = -(-N // cfg.batch)
-    bar = tqdm(total=cfg.epochs * steps, initial=begin * steps, desc=cfg.method, unit="step")
-    for epoch in range(begin, cfg.epochs):
-        k, total, masks = epoch % cfg.views, torch.zeros((), device=device), 0
-        rectifier.train()
-        for i, size, weight in own_batches(order_of(cfg.seed, epoch, N), cfg.batch, x.device):
-            logits, f = model(x[k, i].to(device))
-            M = gumbel_mask(logits, cfg.alpha)
-            present, picture = y[i].to(device), valid[k, i].to(device)
-            loss = weight * contrastive_loss(M, f, segmenter.T, present, segmenter.scale, picture, cfg.pool)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            masks += (M.detach() * picture[:, None]).sum(0)                             # C h w
-            total += loss.detach() * size               # weight · size = WORLD · own images: over N · WORLD it is the mean
-            bar.update()
-        if WORLD > 1:
-            distributed.all_reduce(total)
-            distributed.all_reduce(masks)
-        mean, same, lr = total.item() / N / WORLD, agreement(masks), schedule.get_last_lr()[0]
-        schedule.step()
-        bar.set_postfix(epoch=epoch + 1, loss=f"{mean:.3f}", agreement=f"{same:.2f}")
-        if RANK == 0 and epoch == 0 and same > COLLAPSED:
-            bar.write(f"warning: the masks hardly depend on the image: two images have the same class on {same:.0%} of their "
-                      "patches. This run has collapsed; lower --lr-conv, --lr or --alpha", file=sys.stderr)
-        if not np.isfinite(mean):
-            raise UserError(f"the loss is {mean} in epoch {epoch + 1}; lower --lr, or --alpha (log: {out / 'log.jsonl'})")
-        if RANK == 0:
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps({"epoch": epoch + 1, "loss": round(mean, 5), "agreement": round(same, 4), "lr": lr}) + "\n")
-            save(partial, {**segmenter.state(), "epoch": epoch + 1, "optimizer": optimizer.state_dict(),
-                           "schedule": schedule.state_dict()})
-    bar.close()
-    rectifier.eval()
-    segmenter.clip.requires_grad_(False)
-
-
-def save(path, state):
-    """torch.save that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(state, temporary)
-    temporary.replace(path)
-
-
-def load_checkpoint(path, part="rectifier", config=Config):
-    """A checkpoint of ours, which holds the weights of this part: tensors and plain values, nothing that could run.
-
-    config: the dataclass that its configuration must fit. Raises UserError.
-    """
-    maker = {"rectifier": "rectify.py", "student": "distill.py"}[part]
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["names"], state[part], config(**state["config"])      # KeyError where one is missing, TypeError where another
-        return state                                                # version wrote it
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; make it with `python {maker}`")
-    except Exception as error:                          # torch.load has no error class of its own for files not its own
-        raise UserError(f"{path}: not a checkpoint of {maker} ({type(error).__name__}); make it again")
-
-
-def refuse_other_run(state, cfg, names, path):
-    """Raise UserError where a checkpoint was trained with other settings than those asked for now."""
-    ours = asdict(cfg)
-    free = {"device", "precision", "compile", "resume", "eval", "image", "out", "root", "tta"}      # tta is distill.py's
-    other = [k for k, v in state["config"].items() if k not in free and v != ours.get(k)]
-    if other or state["names"] != names:
-        what = f"--{other[0]} {state['config'][other[0]]}, not {ours.get(other[0])}" if other else "other class names"
-        raise UserError(f"{path}: was trained with {what}; give the same settings, or leave out --resume")
-
-
-# ======================================================================================================= 6 evaluation
-
-def denoise(logits, sharpness, least):
-    """Prompt denoising: a class whose best probability softmax(sharpness · logits) in an image is below `least` leaves it.
-
-    logits: B×C×h×w. Returns them with -1e4 for those classes, which interpolation bears and -inf does not (0 · inf is NaN).
-    Where no class is left all stay (the authors' argmax falls to class 0).
-    """
-    if not least:
-        return logits
-    gone = (sharpness * logits).softmax(1).amax((2, 3), keepdim=True) < least           # B C 1 1
-    return logits.masked_fill(gone & ~gone.all(1, keepdim=True), -1e4)
-
-
-def upsample(logits, patch, resized, original):
-    """Grid logits B×C×h×w to the size of the resized picture (padding cut off), then to the original's: bilinear, twice."""
-    h, w = logits.shape[-2:]
-    logits = F.interpolate(logits, (h * patch, w * patch), mode="bilinear")[..., :resized[0], :resized[1]]
-    return F.interpolate(logits, original, mode="bilinear")
-
-
-@torch.no_grad()
-def predict(segmenter, images):
-    """Masks of uint8 pictures B×3×H×W: {"maskclip": B×H×W, and the method's own, where there is one}."""
-    cfg, recipe = segmenter.cfg, recipe_of(segmenter.cfg)
-    x = fit(images.to(segmenter.device), recipe["size"])
-    f = segmenter.features(x)
-    logits = {"maskclip": similarity(segmenter.maskclip(x, f), segmenter.T)}
-    if segmenter.rectifier is not None:
-        rectified = segmenter.rectified(f, segmenter.reference())
-        logits[cfg.method] = denoise(rectified, SHARPNESS[cfg.method], cfg.denoise)
-    patch = segmenter.clip.visual.patch_size[0]
-    return {name: upsample(l, patch, x.shape[-2:], images.shape[-2:]).argmax(1) for name, l in logits.items()}
-
-
-def confusion(label, prediction, classes):
-    """C×C int64, rows the truth, columns the prediction; pixels labelled 255 do not count."""
-    known = label != VOID
-    return torch.bincount(label[known].long() * classes + prediction[known], minlength=classes ** 2).view(classes, classes)
-
-
-def iou(matrix):
-    """IoU in percent of each class, C; NaN for a class that neither the truth nor the prediction has."""
-    hit = matrix.diagonal().double()
-    return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)
-
-
-def objects(label, prediction):
-    """(distance in px of its centroid from the picture's centre, IoU in percent, class) of each object in one H×W mask.
-
-    An object is what the picture holds of a class (VOC's layout tells classes, not instances). For Fig. 1(a) and 5.
-    """
-    centre = torch.tensor([(n - 1) / 2 for n in label.shape])
-    known, found = label != VOID, []
-    for c in label[known].unique():
-        truth, guess = label == c, (prediction == c) & known
-        distance = (truth.nonzero().float().mean(0).cpu() - centre).norm()
-        found.append((distance.item(), 100 * ((truth & guess).sum() / (truth | guess).sum()).item(), c.item()))
-    return found
-
-
-def evaluate(predict, samples, names):
-    """Measure masks against ground truth, streamed. predict: uint8 B×3×H×W -> {method: B×H×W}.
-
-    Returns ({method: {"mIoU": percent, "IoU": {name: percent}}}, {method: what `objects` says, and the Sample});
-    a class that never occurs has IoU None.
-    """
-    C, matrices, found = len(names), {}, {}
-    bar = tqdm(total=len(samples), desc="evaluating", unit="img", leave=False)
-    for batch, images, labels in batches_of_one_size(samples, 16, C):
-        for method, masks in predict(images).items():
-            labels = labels.to(masks.device)
-            matrices[method] = matrices.get(method, 0) + confusion(labels, masks, C)
-            for sample, label, mask in zip(batch, labels, masks):
-                found.setdefault(method, []).extend((*thing, sample) for thing in objects(label, mask))
-        bar.update(len(batch))
-    bar.close()
-    if not any(found.values()):
-        raise UserError(f"{samples[0].label.parent}: the masks of the validation images hold no class, only background or void")
-    results = {}
-    for method, matrix in matrices.items():
-        each = iou(matrix)
-        results[method] = {"mIoU": round(each.nanmean().item(), 3),
-                           "IoU": {n: None if np.isnan(v) else round(v, 3) for n, v in zip(names, each.tolist())}}
-    return results, found
-
-
-def judge(y, truth):
-    """How good hypotheses are, N×C bool both: {"precision", "recall", "classes_per_image"}."""
-    hits = (y & truth).sum().item()
-    return {"precision": round(hits / max(1, y.sum().item()), 4), "recall": round(hits / max(1, truth.sum().item()), 4),
-            "classes_per_image": round(y.sum().item() / len(y), 3)}
-
-
-def classes_present(samples, C):
-    """N×C bool, the classes that ground truth shows in each sample."""
-    labels = read_ahead(lambda s: load_label(s.label, load_image(s.image).shape[1:], C), samples)
-    return torch.stack([torch.bincount(label.flatten().long(), minlength=VOID + 1)[:C] > 0 for label in labels])
-
-
-# ========================================================================================================== 7 figures
+# ================================================================================================================== 8 figures
 
 INK, WHITE = (30, 30, 30), (255, 255, 255)
 SERIES = [(130, 130, 130), (200, 60, 40), (40, 90, 180), (40, 140, 80)]             # of a plot, in order; the tutorial uses all
@@ -1527,7 +1311,253 @@ def segment_image(cfg):
     return target
 
 
-# ============================================================================================================= 8 main
+# ============================================================================================= 9 CLIP's files and checkpoints
+
+def load_clip(cfg, device):
+    """open_clip's model, frozen and in eval mode, with its tokenizer.
+
+    Raises UserError where it cannot be had, and before anything is fetched where its towers are not CLIP's own.
+    """
+    import open_clip                                    # here, not at the top: a student is run without it
+    if not cfg.recipe and cfg.clip.startswith("ViT") and cfg.pretrained == "openai" and "quickgelu" not in cfg.clip:
+        print(f"warning: the openai weights were trained with QuickGELU, {cfg.clip} computes GELU; "
+              f"you may want {cfg.clip}-quickgelu")
+    scheme, _, folder = cfg.clip.rpartition(":")
+    name = cfg.clip if scheme else cfg.clip.replace("/", "-")                           # ViT-B/16, as papers write it
+    if scheme == "local-dir" and not Path(folder).is_dir():
+        name = f"{scheme}:{HERE / folder}"
+    logging.disable(logging.WARNING)                    # open_clip tells every step of its loading
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore" if cfg.recipe else "default", "QuickGELU mismatch")        # there it is meant
+            check_towers(open_clip.get_model_config(name) or {})                        # {}: an unknown name
+            clip = open_clip.create_model(name, cfg.pretrained or None, device=device, require_pretrained=bool(scheme),
+                                          force_preprocess_cfg=recipe_of(cfg).get("preprocess"))
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:                          # open_clip, torch and safetensors have no error class in common
+        raise UserError(f"cannot load CLIP {cfg.clip} {cfg.pretrained}: {(str(error) or repr(error)).splitlines()[0]}")
+    finally:
+        logging.disable(logging.NOTSET)
+    return clip.eval().requires_grad_(False), tokenizer
+
+
+def check_towers(config):
+    """Raise ValueError where open_clip's configuration of a CLIP has towers that this section does not compute."""
+    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
+    vit = isinstance(vision.get("layers", 12), int) and not any(vision.get(key) for key in (
+        "timm_model_name", "attentional_pool", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn",
+        "scale_fc"))
+    clips = (text.get("pool_type", "argmax"), text.get("vocab_size", 49408)) == ("argmax", 49408) and not any(
+        text.get(key) for key in ("hf_model_name", "hf_tokenizer_name", "no_causal_mask", "embed_cls", "proj_bias"))
+    for right, wrong in [(vit, "image tower is not open_clip's own ViT with a class token"),
+                         (clips, "text tower is not CLIP's own, with CLIP's tokens, a causal mask and the feature at EOT")]:
+        if not right:
+            raise ValueError(f"its {wrong}; take a CLIP like ViT-B-16-quickgelu")
+
+
+def kept_text_features(clip, tokenizer, names, cfg):
+    """text_features, kept in <root>/cache/ for later runs with the same CLIP, weights, names and templates."""
+    weights = [p.sum(dtype=torch.double).item() for p in clip.parameters()]             # tells weights apart, without a slow hash
+    key = repr((cfg.clip, weights, names, [template("") for template in templates()]))
+    path = Path(cfg.root) / f"cache/text-{hashlib.md5(key.encode()).hexdigest()}.pt"
+    with contextlib.suppress(Exception):                # not there, or broken: torch.load has no error class of its own
+        return torch.load(path, map_location=clip.logit_scale.device, weights_only=True)
+    T = text_features(clip, tokenizer, names)
+    with contextlib.suppress(OSError):                  # a root that cannot be written to costs time and nothing else
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path, T)
+    return T
+
+
+def _text(clip):
+    """The text tower: a part of its own in some open_clip models, the model itself in others."""
+    return getattr(clip, "text", clip)
+
+
+def name_tokens(clip, tokenizer, names):
+    """The bare names as tokens, C×n int, n the longest name and EOT; padded with 0. Returns (tokens, longest prompt L)."""
+    tokens = tokenizer(names)[:, 1:]                                                    # drop SOS
+    lengths, context = tokens.argmax(1) + 1, _text(clip).positional_embedding.size(0)   # EOT has the largest number
+    longest = int(lengths.max())
+    if longest + 1 >= context:                          # the tokenizer has cut it, and no learnable token would fit
+        name = names[int(lengths.argmax())]
+        raise UserError(f"class name '{name}' is too long for this CLIP's {context} tokens; shorten it")
+    tokens = tokens[:, :longest].to(clip.logit_scale.device)
+    unmet = (_text(clip).token_embedding(tokens) == 0).all(-1).any(1)                       # rows the tiny CLIP never trained
+    new = [name for name, row in zip(names, unmet) if row]
+    if new:
+        print(f"warning: this CLIP has never met the words of {', '.join(new)}; expect nonsense for them")
+    return tokens, context - 1 - longest
+
+
+def save(path, state):
+    """torch.save that is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def write_text(path, text):
+    """Write a file that is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text + "\n")
+    temporary.replace(path)
+
+
+def load_checkpoint(path, part="rectifier", config=Config):
+    """A checkpoint of ours, which holds the weights of this part: tensors and plain values, nothing that could run.
+
+    config: the dataclass that its configuration must fit. Raises UserError.
+    """
+    maker = {"rectifier": "rectify.py", "student": "distill.py"}[part]
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["names"], state[part], config(**state["config"])      # KeyError where one is missing, TypeError where another
+        return state                                                # version wrote it
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; make it with `python {maker}`")
+    except Exception as error:                          # torch.load has no error class of its own for files not its own
+        raise UserError(f"{path}: not a checkpoint of {maker} ({type(error).__name__}); make it again")
+
+
+def refuse_other_run(state, cfg, names, path):
+    """Raise UserError where a checkpoint was trained with other settings than those asked for now."""
+    ours = asdict(cfg)
+    free = {"device", "precision", "compile", "resume", "eval", "image", "out", "root", "tta"}      # tta is distill.py's
+    other = [k for k, v in state["config"].items() if k not in free and v != ours.get(k)]
+    if other or state["names"] != names:
+        what = f"--{other[0]} {state['config'][other[0]]}, not {ours.get(other[0])}" if other else "other class names"
+        raise UserError(f"{path}: was trained with {what}; give the same settings, or leave out --resume")
+
+
+# ========================================================================================= 10 processes, precision and memory
+
+@contextlib.contextmanager
+def first_alone():
+    """What is in it runs in the first process alone, which may download and convert, and then in the others, which find it."""
+    if RANK > 0:
+        distributed.barrier()
+    try:
+        yield
+    finally:
+        if RANK == 0 and WORLD > 1:
+            distributed.barrier()
+
+
+def order_of(seed, epoch, N):
+    """The order of an epoch's N images, the same in every process; what is drawn after it is each process's own.
+
+    An epoch's randomness is its own too, so that a resumed run repeats it.
+    """
+    torch.manual_seed(100_003 * seed + epoch)
+    order = torch.randperm(N)
+    if RANK > 0:
+        torch.manual_seed(hash((seed, epoch, RANK)))
+    return order
+
+
+def own_batches(order, batch, device):
+    """An epoch's batches as one of several processes sees them, an iterator of (i, size, weight).
+
+    i: where it keeps its own images of the batch. size: of the whole batch. weight: 1 for a fair share of it; who has no image
+    in it goes along with its first one, at 0. All i go to the device at once: a copy in each step would make the host wait.
+    """
+    batches = order.split(batch)
+    own = [i[i % WORLD == RANK] // WORLD for i in batches]
+    weights = [len(i) * WORLD / len(whole) for i, whole in zip(own, batches)]
+    own = [i if len(i) else torch.zeros(1, dtype=torch.long) for i in own]
+    return zip(torch.cat(own).to(device).split([*map(len, own)]), map(len, batches), weights)
+
+
+def in_step(module, device, compile, **options):
+    """The module as training calls it: of several processes with the mean of their gradients (DDP), and compiled where asked."""
+    if WORLD > 1:
+        gpu = [device.index] if device.type == "cuda" else None
+        module = nn.parallel.DistributedDataParallel(module, gpu, **options)
+    return torch.compile(module) if compile else module
+
+
+def in_bf16(device, precision="auto"):
+    """Autocast to bfloat16 for what is large: CLIP's image tower, and the student in training. auto: on a GPU that has it.
+
+    Not for the text encoder: a training step has few tokens for it, and would cast its frozen weights anew each time.
+    """
+    enabled = has_bf16(device.type) if precision == "auto" else precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+@torch.compiler.assume_constant_result                  # or --compile would start anew with every step
+def has_bf16(kind):
+    """Whether devices of this kind compute with bfloat16 themselves; CPUs are not asked."""
+    return kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def free_memory(device):
+    """Bytes free on a device; of RAM, where the system does not tell (macOS), half of what the machine has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:                                                # with what the system's file cache would give back
+        return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    except (OSError, IndexError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def make_room(shape, dtype, device, out):
+    """An empty tensor where it fits: on the device, else in RAM, else in a file in the folder `out`. It prints where.
+
+    It takes no more than a share of what is free: training needs some too. Raises UserError where there is no room at all.
+    """
+    size = math.prod(shape)
+    need, share = size * dtype.itemsize / 1e9, 0.7
+    for place in dict.fromkeys([device, torch.device("cpu")]):
+        users = WORLD if place.type == "cpu" else 1
+        if need * users <= share * free_memory(place) / 1e9:
+            print(f"features: {need:.3g} GB in " + ("RAM" if place.type == "cpu" else "the GPU's memory"))
+            return torch.empty(shape, dtype=dtype, device=place)
+    missing = WORLD * need - share * shutil.disk_usage(out).free / 1e9
+    if missing > 0:
+        raise UserError(f"{out}: {WORLD * need:.3g} GB of features fit neither memory nor this disk, which lacks "
+                        f"{missing:.3g} GB; fewer --views need less, or give --out on a larger disk")
+    print(f"features: {need:.3g} GB in a file in {out}")
+    file = out / f"features.{RANK}.tmp"
+    x = torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)
+    file.unlink()                                       # only its name: the space is free when x is, however the run ends
+    return x
+
+
+# =================================================================================================== 11 command line and main
+
+def lacks_compiler(cfg):
+    """(Whether --compile was asked for where torch.compile finds no compiler, the message for it)."""
+    compilers = "g++", "clang++", "cl"
+    return cfg.compile and not any(map(shutil.which, compilers)), f"--compile wants a C++ compiler ({', '.join(compilers)})"
+
+
+def pick_device(cfg):
+    """The torch device that --device means, under torchrun this process's own. Raises UserError where it is not there."""
+    gpus = torch.cuda.device_count()
+    if cfg.device == "cpu" or cfg.device == "auto" and not gpus:
+        return torch.device("cpu")
+    if LOCAL >= gpus:
+        raise UserError(f"--device {cfg.device}: torch finds {gpus} CUDA devices here, and this is process {LOCAL + 1}")
+    torch.cuda.set_device(LOCAL)
+    torch.set_float32_matmul_precision("high")          # TF32: 10 bits of mantissa, as many as the features are kept with
+    return torch.device("cuda", LOCAL)
+
+
+def command_line(config, doc, argv=None):
+    """Turn a dataclass of `option`s into a command line: --field-name VALUE, or a bare flag for a bool."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(config):
+        flag, about = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if f.type is bool:
+            parser.add_argument(flag, action="store_true", help=about)
+        else:
+            default = "" if f.default in (None, "") else f" (default {f.default})"
+            parser.add_argument(flag, type=f.type, default=f.default, choices=f.metadata["choices"], help=about + default,
+                                metavar=f.type.__name__.upper() if f.metadata["choices"] is None else None)
+    return config(**vars(parser.parse_args(argv)))
+
 
 def newest(name, root="runs"):
     """The newest file of this name in a run's folder. Raises UserError where there is none."""
@@ -1536,19 +1566,6 @@ def newest(name, root="runs"):
         maker = {"rectify.pt": "rectify.py", "student.pt": "distill.py"}[name]
         raise UserError(f"no {name} under {root}/; make one with `python {maker}`")
     return runs[-1]
-
-
-def print_table(results, names):
-    """IoU of every class and the mean, a column a method; of several, with the gain of the last over the first."""
-    methods, wide = list(results), max(len(n) for n in [*names, "mIoU"])
-    print("\n" + " " * wide + "".join(f"{m:>11}" for m in methods) + ("       gain" if len(methods) > 1 else ""))
-    rows = [(n, [results[m]["IoU"][n] for m in methods]) for n in names] + [("mIoU", [results[m]["mIoU"] for m in methods])]
-    for name, values in rows:
-        if name == "mIoU":
-            print("-" * (wide + 11 * (len(methods) + (len(methods) > 1))))
-        print(f"{name:<{wide}}" + "".join("          -" if v is None else f"{v:11.1f}" for v in values)
-              + (f"{values[-1] - values[0]:+11.1f}" if len(values) > 1 and None not in values else ""))
-    print()
 
 
 def versions():
@@ -1627,13 +1644,6 @@ def main(argv=None):
     print("hypothesis on val: precision {precision:.3f}, recall {recall:.3f}, {classes_per_image:.2f} classes an image"
           .format(**hypothesis))
     print(f"{time.time() - started:.0f} s in all. Wrote {out}/: {', '.join(written)}")
-
-
-def write_text(path, text):
-    """Write a file that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n")
-    temporary.replace(path)
 
 
 def run(main):
