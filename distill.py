@@ -20,8 +20,9 @@ import contextlib
 import itertools
 import json
 import math
+import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import timm
@@ -33,11 +34,12 @@ from torch import distributed, nn
 from torchvision.transforms import v2
 
 from rectify import (
-    HERE, RANK, VOID, WORLD, PhotometricDistort, UserError, command_line, contrastive_loss,
-    dataset_folder, denoise, digest, epoch_order, evaluate, figure4, figure5, flag, hypothesize,
-    in_bf16, list_files, load_checkpoint, load_image, load_label, load_segmenter, newest, option,
-    predictor, print_table, rank_zero_first, read_ahead, resize_to_fit, run, save, save_figure,
-    similarity, splits, tqdm, versions, wrap_ddp, write_text)
+    HERE, RANK, VOID, WORLD, PhotometricDistort, UserError, check_trained, command_line,
+    contrastive_loss, dataset_folder, decide, denoise, digest, epoch_order, evaluate, figure4,
+    figure5, flag, hypothesize, in_bf16, list_files, load_checkpoint, load_image, load_label,
+    load_segmenter, newest, option, output_folder, predictor, print_table, rank_zero_first,
+    read_ahead, resize_to_fit, run, save, save_figure, similarity, splits, tqdm, versions, wrap_ddp,
+    write_text)
 
 # ====================================================================== 1 recipes and configuration
 
@@ -59,7 +61,7 @@ RECIPES = {
 }
 SHARPNESS = 10                         # denoising the teacher: softmax(10 · logits), as the authors
 MAX_GRAD_NORM = 10.0                                # norm(u) is steep where u is short
-TTA_SCALES = (0.75, 1.0, 1.25)
+TTA_SCALES = (1.0, 0.75, 1.25)
 METHODS = ("reclip", "reclip++", "maskclip")
 
 
@@ -109,12 +111,10 @@ def configure(teacher, trained=None, **typed):
         shared = ("size", "crop", "jitter", "batch", "dataset")
         trained = {name: getattr(teacher, name) for name in shared} | {"teacher": teacher.method}
         trained |= RECIPES[teacher.dataset]
+        if typed.get("backbone", trained["backbone"]) != trained["backbone"]:
+            trained |= {"width": 1.0, "weights": "imagenet"}      # another network, its own weights
     else:
-        for f in fields(Config):
-            was, now = trained[f.name], typed.get(f.name, trained[f.name])
-            if now != was and not f.metadata["free"]:
-                raise UserError(f"{flag(f.name)} {now}: the checkpoint was trained with {was}; "
-                                f"leave out {flag(f.name)}, or train anew")
+        check_trained(Config, trained, typed)
     cfg = Config(**trained | typed | {"out": teacher.out})
     by_folder = cfg.teacher not in METHODS
     weights = (cfg.mask_weight, cfg.text_weight, 0 if by_folder else cfg.feature_weight)
@@ -175,7 +175,7 @@ class Teacher:
         image.
         """
         size, self.cache = self.segmenter.cfg.size, []
-        images = read_ahead(lambda sample: resize_to_fit(load_image(sample.image), size), samples)
+        images = read_ahead(lambda s: resize_to_fit(load_image(s.image), size), samples)
         for image in tqdm(images, "teacher", len(samples), unit="img", leave=False):
             both = self(torch.stack([image, image.flip(-1)]))
             logits, f = (maps[:1] / 2 + maps[1:].flip(-1) / 2 for maps in both)
@@ -202,18 +202,23 @@ def make_backbone(name, width=1.0, weights=""):
     options = dict(features_only=True, output_stride=8, out_indices=(4,))
     if width != 1:
         options["channels"] = stage_channels(width)
+    if ":" in name or "/" in name:                      # would be fetched from a hub
+        raise UserError(f"--backbone {name}: not one of timm's own names")
+    file = dict(file=str(HERE / weights)) if weights not in ("", "imagenet") else None
     if weights:
-        file = None if weights == "imagenet" else dict(file=str(HERE / weights))
-        try:
+        with contextlib.suppress(Exception):    # timm, its hub and the network share no error class
             return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=file, **options)
-        except Exception as error:                     # timm, its hub and the network have no class
-            print(f"no pretrained weights for {name}, width {width}, to be had "
-                  f"({type(error).__name__}): it starts from scratch")
     try:
-        return timm.create_model(name, **options)
+        network = timm.create_model(name, **options)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--backbone {name}: timm cannot make it with output stride 8 and width "
                         f"{width} ({error})")
+    if file:
+        raise UserError(f"--weights {weights}: cannot be read as weights of {name}, width {width}")
+    if weights:
+        print(f"WARNING: ImageNet's weights of {name} cannot be fetched here: the backbone STARTS "
+              "FROM SCRATCH and learns less; --weights FILE takes them from a file", file=sys.stderr)
+    return network
 
 
 def classify(u, T, R, scale):
@@ -505,9 +510,13 @@ def make_student(cfg, segmenter):
 def load_student(state, device="cpu"):
     """The DeepLabV2 of a checkpoint, in eval mode. No CLIP is loaded."""
     config, weights = state["config"], state["student"]
-    student = DeepLabV2(config["backbone"], weights["T"], rates=config["rates"],
-                        width=config["width"])
-    student.load_state_dict(weights)
+    try:
+        student = DeepLabV2(config["backbone"], weights["T"], rates=config["rates"],
+                            width=config["width"])
+        student.load_state_dict(weights)
+    except (KeyError, RuntimeError, TypeError):
+        raise UserError("student.pt: its weights do not fit its settings; make it again with "
+                        "`python distill.py`")
     return student.eval().to(device)
 
 
@@ -536,7 +545,7 @@ def finish_epoch(student, optimizer, fixed, total, weights, speed, log, bar, out
     if RANK > 0:
         return
     path = out / "log.jsonl"
-    before = path.read_text("utf-8").splitlines() if path.is_file() else []
+    before = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
     before = [line for line in before if '"stage": "distill"' not in line]          # rectify.py's
     write_text(path, "\n".join(before + [json.dumps(entry) for entry in log]))
     save(out / "distill.partial.pt", fixed | {
@@ -546,18 +555,21 @@ def finish_epoch(student, optimizer, fixed, total, weights, speed, log, bar, out
 # ===================================================================================== 7 evaluation
 
 @torch.no_grad()
-def predict_student(student, images, size, tta=False):
-    """Masks B×H×W of uint8 images B×3×H×W. size: (long, short) px. tta: mean logits of flips and
-    scales.
+def predict_student(student, images, cfg, classes, threshold=0.0):
+    """Masks B×H×W uint8 of uint8 images B×3×H×W: classes, and the background as `classes`, where
+    the best query is a background word or less probable than the threshold.
+
+    With cfg.tta the mean of the logits over flips and three scales.
     """
-    images, total = images.to(student.T.device), 0
-    for factor in TTA_SCALES if tta else (1.0,):
-        x = prepare(resize_to_fit(images, size, factor=factor).float() / 255)
-        for mirror in (False, True) if tta else (False,):
+    images, size, total, grid = images.to(student.T.device), images.shape[-2:], 0, None
+    for factor in TTA_SCALES if cfg.tta else (1.0,):
+        x = prepare(resize_to_fit(images, cfg.size, factor=factor).float() / 255)
+        for mirror in (False, True) if cfg.tta else (False,):
             logits = student(x.flip(-1) if mirror else x)[0]
             logits = logits.flip(-1) if mirror else logits
-            total = total + F.interpolate(logits, images.shape[-2:], mode="bilinear")
-    return total.argmax(1)
+            grid = grid or logits.shape[-2:]            # of the first scale, the image's own
+            total = total + F.interpolate(logits, grid, mode="bilinear")
+    return decide(total, 1, grid, size, classes, threshold=threshold)
 
 
 def measure(student, segmenter, cfg, val, out):
@@ -575,16 +587,17 @@ def measure(student, segmenter, cfg, val, out):
         else:
             print(f"{plus}: has other classes or another schedule than this student; left out")
     students["student"] = student
-    rectified = predictor(segmenter)
+    rectified, C, p = predictor(segmenter), len(segmenter.names), segmenter.cfg.threshold
+    names, base = segmenter.classes, segmenter.cfg.label_base
     predict = lambda images: rectified(images) | {
-        name: predict_student(net, images, cfg.size, cfg.tta) for name, net in students.items()}
-    results, found = evaluate(predict, val, segmenter.names)
+        name: predict_student(net, images, cfg, C, p) for name, net in students.items()}
+    results, found = evaluate(predict, val, names, base)
     report = {"results": results, "config": asdict(cfg), "versions": versions(),
               "seconds": {"evaluation": round(time.time() - started, 1)}}
     write_text(out / "distill.json", json.dumps(report, indent=1))
-    save_figure(figure4(predict, val, segmenter.names), out / "figure4.png")
-    save_figure(figure5(predict, found["maskclip"], segmenter.names), out / "figure5.png")
-    print_table(results, segmenter.names)
+    save_figure(figure4(predict, val, names, base), out / "figure4.png")
+    save_figure(figure5(predict, found["maskclip"], names, base), out / "figure5.png")
+    print_table(results, names)
     return results["student"]["mIoU"]
 
 
@@ -623,8 +636,8 @@ def learn(cfg, segmenter, samples, out, state):
     size = sum(p.numel() for p in student.parameters()) / 1e6
     print(f"{cfg.teacher} teaches {cfg.backbone}, {size:.2f} M parameters: {len(samples)} images, "
           f"{len(names)} classes, {segmenter.device}")
-    fixed = {"config": asdict(cfg), "names": names, "rectify": asdict(segmenter.cfg),
-             "taught_by": digest(segmenter.rectifier)}
+    fixed = {"config": asdict(cfg), "names": names, "background": segmenter.background,
+             "rectify": asdict(segmenter.cfg), "taught_by": digest(segmenter.rectifier)}
     train(student, teacher, samples, cfg, fixed, out, state)
     state = fixed | {"student": student.state_dict(), "mIoU": None}
     if RANK == 0:
@@ -663,22 +676,22 @@ def main(argv=None):
     samples, val = splits(folder)
     cfg, out, state = open_student(segmenter, typed)
     torch.manual_seed(cfg.seed)
-    out.mkdir(parents=True, exist_ok=True)
-    if state and "optimizer" not in state:
-        student, path = load_student(state, segmenter.device), Path(cfg.eval or out / "student.pt")
-        print(f"that student is there: measuring {path}")
-    else:
-        student, state = learn(cfg, segmenter, samples, out, state)
-        path = out / "student.pt"
-    if RANK > 0:
-        return                                          # rank 0 writes and measures
-    if val:
-        mIoU = measure(student, segmenter, cfg, val, out)
-        if state["mIoU"] is None and not cfg.tta:
-            save(path, state | {"mIoU": mIoU})
-    else:
-        print(f"no labelled validation images in {folder}: nothing to measure")
-    print(f"{time.time() - started:.0f} s in all. Wrote {out}/: {list_files(out)}")
+    with output_folder(out):
+        path = Path(cfg.eval or out / "student.pt")
+        if state and "optimizer" not in state:
+            student = load_student(state, segmenter.device)
+            print(f"that student is there: measuring {path}")
+        else:
+            student, state = learn(cfg, segmenter, samples, out, state)
+        if RANK > 0:
+            return                                      # rank 0 writes and measures
+        if val:
+            mIoU = measure(student, segmenter, cfg, val, out)
+            if state["mIoU"] is None and not cfg.tta:
+                save(path, state | {"mIoU": mIoU})
+        else:
+            print(f"no labelled validation images in {folder}: nothing to measure")
+        print(f"{time.time() - started:.0f} s in all. Wrote {out}/: {list_files(out)}")
 
 
 if __name__ == "__main__":

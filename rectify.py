@@ -31,6 +31,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -38,8 +39,8 @@ import math
 import os
 import platform
 import shutil
+import signal
 import sys
-import tarfile
 import time
 import traceback
 import typing
@@ -58,7 +59,8 @@ from urllib.request import Request, urlopen
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from filelock import FileLock, Timeout
+from PIL import ExifTags, Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import distributed, nn
 from torchvision.datasets.utils import check_integrity
@@ -67,8 +69,8 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 # Rank, world size and local rank from torchrun; 0, 1, 0 without it.
-RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in
-                      (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+RANK, WORLD, LOCAL = (int(number) if (number := os.environ.get(name, "")).isdigit() else default
+                      for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 if RANK > 0:                                            # elsewhere TQDM_DISABLE decides
     tqdm = functools.partial(tqdm, disable=True)
 
@@ -138,6 +140,9 @@ class Config:
     root: str = option("folder that holds the datasets", default="data", free=True)
     data: str = option("a folder of your own: VOC's layout, or just images", None, "", free=True)
     names: str = option("class names: a file, one a line, or words and commas", None, "", free=True)
+    background: str = option("words for none of the classes, 'sky, wall'; or field, first", None,
+                             "", free=True)
+    label_base: int = option("value of the first class in label PNGs", [0, 1], 1, free=True)
     out: str = option("folder of the run (default runs/<dataset>)", free=True)
     method: str = option("bias model; maskclip: none", ["maskclip", "reclip", "reclip++"])
     clip: str = option("open_clip's name of the model, or local-dir:FOLDER")
@@ -159,7 +164,7 @@ class Config:
     start: str = option("V, P at first: ours random, 0; authors word 0, random",
                         ["ours", "authors"])
     alpha: float = option("scale of the logits before Gumbel-Softmax")
-    sharpness: float = option("scale of the logits in prompt denoising", free=True)
+    sharpness: float = option("scale of the logits before probabilities are compared", free=True)
     denoise: float = option("drop classes nowhere more probable than this; 0: off", free=True)
     optimizer: str = option("optimizer", ["sgd", "adam"])
     lr: float = option("learning rate of the prompt")
@@ -171,13 +176,16 @@ class Config:
     views: int = option("augmented views of an image, computed once; an epoch uses one of them")
     finetune: bool = option("train CLIP's image encoder too (Table 8)", default=False)
     seed: int = option("seed of everything random", default=0)
+    threshold: float = option("less probable pixels are background; 0: off", None, 0.0, free=True)
+    window: int = option("side of prediction's sliding window, px; 0: none", None, 0, free=True)
+    stride: int = option("step of that window, px; 0: half its side", None, 0, free=True)
     ring: int = option("width of the rings of Fig. 1(a), px", free=True)
     device: str = option("where to compute", ["auto", "cpu", "cuda"], "auto", free=True)
     precision: str = option("of CLIP's image tower; auto: bf16 on a GPU that has it",
                             ["auto", "fp32", "bf16"], "auto", free=True)
     resume: bool = option("go on with the interrupted run in --out", None, False, free=True)
     eval: str = option("measure this checkpoint instead of training", None, "", free=True)
-    image: str = option("segment this image with the newest run, or --out's", None, "", free=True)
+    image: str = option("segment this image, or all in this folder", None, "", free=True)
 
 
 def configure(trained=None, **typed):
@@ -187,7 +195,7 @@ def configure(trained=None, **typed):
     must agree with it, but in the free fields. Raises UserError.
     """
     if trained is None:
-        dataset = typed.get("dataset", "emoji")
+        dataset = typed.get("dataset", "voc" if typed.get("data") else "emoji")
         row = RECIPES[dataset]
         of_method = row.get(typed.get("method", row["method"]), row["reclip"])  # maskclip: either's
         trained = {k: v for k, v in row.items() if k not in ("reclip", "reclip++")} | of_method
@@ -196,11 +204,7 @@ def configure(trained=None, **typed):
         place = Path(typed["data"]).resolve().name if typed.get("data") else dataset
         trained |= {"dataset": dataset, "out": f"runs/{place}"}
     else:
-        for f in fields(Config):
-            was, now = trained[f.name], typed.get(f.name, trained[f.name])
-            if now != was and not f.metadata["free"]:
-                raise UserError(f"{flag(f.name)} {now}: the checkpoint was trained with {was}; "
-                                f"leave out {flag(f.name)}, or train anew")
+        check_trained(Config, trained, typed)
     cfg = Config(**trained | typed)
     for bad, message in [
             (not -1 < cfg.t < 1, f"--t {cfg.t}: a cosine's threshold lies in (-1, 1)"),
@@ -209,6 +213,8 @@ def configure(trained=None, **typed):
             (not (0 < cfg.lr < 1e6 and 0 < cfg.lr_conv < 1e6 and 0 < cfg.alpha < math.inf),
              "--lr, --lr-conv and --alpha must be positive, and the rates below a million"),
             (not 0 <= cfg.seed < 2 ** 32, f"--seed {cfg.seed}: from 0 to 2^32 - 1"),
+            (not 0 <= cfg.threshold < 1, f"--threshold {cfg.threshold}: a probability, from 0 on"),
+            (min(cfg.window, cfg.stride) < 0, "--window and --stride: px, or 0"),
             (cfg.recipe and cfg.dataset == "emoji", "--recipe 2024 is not for Emoji VOC"),
             (cfg.recipe and cfg.clip != REGIME_2024["clip"],
              f"--clip {cfg.clip}: --recipe 2024 means {REGIME_2024['clip']}; leave out --clip"),
@@ -301,10 +307,14 @@ def templates():
 
 
 def text_features(clip, tokenizer, names):
-    """T: C×D, unit rows. Each name in 85 sentences, encoded, averaged, normalized."""
+    """T: C×D, unit rows. Each name in 85 sentences, encoded, averaged, normalized; of a name with
+    synonyms ("person, woman, man") the normalized mean of theirs.
+    """
     from open_clip import build_zero_shot_classifier
-    device = clip.logit_scale.device
-    return build_zero_shot_classifier(clip, tokenizer, names, templates(), device=device).T
+    words, device = [name.split(", ") for name in names], clip.logit_scale.device
+    T = build_zero_shot_classifier(clip, tokenizer, sum(words, []), templates(), device=device).T
+    groups = T.split([*map(len, words)])
+    return torch.cat([g if len(g) == 1 else F.normalize(g.mean(0, True), dim=1) for g in groups])
 
 
 # ===================================================================================== 3 the method
@@ -339,6 +349,8 @@ def hypothesize(segmenter, images):
         tiles = [x[..., i:i + cfg.tile, j:j + cfg.tile] for i in tops for j in lefts]
         best = [scores(v2.functional.resize(tile, [side, side])).argmax(1) for tile in tiles]
         return torch.stack([F.one_hot(c, len(T)) for c in best]).amax(0).bool()
+    if max(images.shape[-2:]) > 8 * min(images.shape[-2:]):                        # cost is bounded
+        images = v2.functional.center_crop(images, [8 * min(images.shape[-2:])] * 2)
     x = resize_to_fit(images, (10 ** 6, side), v2.InterpolationMode.BICUBIC)        # as CLIP's own
     s = scores(x if cfg.view == "whole" else v2.functional.center_crop(x, side))
     s = (segmenter.scale * s).softmax(1) if cfg.hypothesis == "softmax" else s
@@ -445,29 +457,36 @@ def contrastive_loss(M, f, T, y, scale, valid, pool):
 
 class Segmenter(nn.Module):
     """CLIP, its text features T, and the rectifier (ReCLIP or ReCLIPpp), which is all that is
-    learned.
+    learned. background: words that are learned as classes are, and mean none of them.
 
     forward(x), a training step's: dense features B×D×h×w (with finetune uint8 views B×3×H×W) ->
     rectified logits B×C×h×w and f. distill.py uses it as the teacher.
     """
 
-    def __init__(self, cfg, names, device, T=None):
+    def __init__(self, cfg, names, device, T=None, background=()):
         super().__init__()
-        self.cfg, self.names, self.device = cfg, names, device
+        self.cfg, self.names, self.background, self.device = cfg, names, [*background], device
         self.clip, self.tokenizer = load_clip(cfg, device)
         self.frozen = copy.deepcopy(self.clip) if cfg.finetune else self.clip           # MaskCLIP's
-        self.tokens, L = name_tokens(self.clip, self.tokenizer, names)
-        self.T = text_features(self.clip, self.tokenizer, names) if T is None else T.to(device)
+        queries = [*names, *background]
+        self.tokens, L = name_tokens(self.clip, self.tokenizer, [q.split(", ")[0] for q in queries])
+        self.T = text_features(self.clip, self.tokenizer, queries) if T is None else T.to(device)
         self.scale = self.clip.logit_scale.exp().item()
         self.rectifier = None
         if cfg.method != "maskclip":
             words = self.clip.text.token_embedding.weight                               # 49408 d
-            V = 0.02 * torch.randn(*[len(names)] * (cfg.prompt == "per-class"), L, words.size(1))
+            V = 0.02 * torch.randn(*[len(queries)] * (cfg.prompt == "per-class"), L, words.size(1))
             if cfg.start == "authors":
                 V[:] = words[0]
             model = ReCLIP if cfg.method == "reclip" else ReCLIPpp
             d, (C, D) = self.clip.visual.conv1.out_channels, self.T.shape
             self.rectifier = model(V, d, D, C, cfg.space == "on", cfg.start).to(device)
+
+    @property
+    def classes(self):
+        """What a mask may hold, in order: the classes, and "background" where there is one."""
+        titles = [name.split(", ")[0] for name in self.names]
+        return titles + ["background"] * bool(self.background or self.cfg.threshold)
 
     @functools.cached_property
     def stock(self):
@@ -477,7 +496,7 @@ class Segmenter(nn.Module):
         name = RECIPES[self.cfg.dataset]["clip"]
         cfg = replace(self.cfg, recipe="", clip=name, normalization="clip")
         clip, tokenizer = load_clip(cfg, self.device)
-        return clip, text_features(clip, tokenizer, self.names)
+        return clip, text_features(clip, tokenizer, [*self.names, *self.background])
 
     def encode(self, clip, images, attention):
         """encode_image of uint8 images B×3×H×W, on the device and in the precision that the
@@ -557,7 +576,7 @@ def training_data(segmenter, samples):
         torch.manual_seed(int(np.random.SeedSequence([cfg.seed, n, k]).generate_state(1)[0]))
         return augment(image, cfg)
 
-    images = read_ahead(lambda sample: load_image(sample.image), samples)
+    images = read_ahead(lambda sample: limit(load_image(sample.image)), samples)
     for start in tqdm(range(0, N, 32), "dense features", leave=False):
         group = [image.to(device) for image in itertools.islice(images, 32)]
         rows = slice(start, start + len(group))
@@ -657,6 +676,32 @@ def upsample(logits, patch, resized, original):
     return F.interpolate(logits[..., :resized[0], :resized[1]], original, mode="bilinear")
 
 
+def decide(logits, patch, resized, original, classes, sharpness=1.0, threshold=0.0):
+    """The mask B×H×W uint8 of grid logits B×Q×h×w: at every pixel the best of Q queries. It is
+    `classes`, the background, where the best is a background word (from `classes` on) or its
+    probability softmax(sharpness · logits) is below the threshold.
+
+    Memory is bounded: a few queries at a time, and LARGEST_MASK pixels at most; a larger mask is
+    enlarged by nearest neighbour.
+    """
+    shrink = min(1, (LARGEST_MASK / math.prod(original)) ** 0.5)
+    size = [max(1, round(shrink * n)) for n in original]
+    most = max(1, 8 * LARGEST_MASK // (len(logits) * math.prod(size)))           # queries at a time
+    best, mask, total = (torch.full((len(logits), *size), v, device=logits.device)
+                         for v in (-torch.inf, 0, -torch.inf))                      # B H W each
+    for first in range(0, logits.size(1), most):
+        full = upsample(logits[:, first:first + most], patch, resized, size)
+        value, index = full.max(1)
+        mask = torch.where(value > best, index + first, mask)
+        best = torch.maximum(value, best)
+        if threshold:
+            total = torch.logaddexp(total, (sharpness * full).logsumexp(1))
+    mask = mask.clamp(max=classes)
+    if threshold:
+        mask = mask.masked_fill((sharpness * best - total).exp() < threshold, classes)
+    return F.interpolate(mask[:, None].byte(), original, mode="nearest-exact")[:, 0]
+
+
 @torch.no_grad()
 def predictor(segmenter):
     """The function from uint8 images B×3×H×W to masks: {"maskclip": B×H×W, and the method's own}. R
@@ -665,29 +710,56 @@ def predictor(segmenter):
     cfg, patch = segmenter.cfg, segmenter.clip.visual.patch_size[0]
     R = segmenter.reference() if segmenter.rectifier else None
 
-    @torch.no_grad()
-    def predict(images):
-        x = resize_to_fit(images.to(segmenter.device), cfg.size)
+    def dense(x):
         f = segmenter.features(x)
         baseline = segmenter.encode(segmenter.frozen, x, cfg.attention) if cfg.finetune else f
         logits = {"maskclip": similarity(baseline, segmenter.T)}
         if segmenter.rectifier:
             logits[cfg.method] = denoise(segmenter.rectified(f, R), cfg.sharpness, cfg.denoise)
-        return {name: upsample(l, patch, x.shape[-2:], images.shape[-2:]).argmax(1)
-                for name, l in logits.items()}
+        return logits
+
+    @torch.no_grad()
+    def predict(images):
+        x = resize_to_fit(images.to(segmenter.device), cfg.size)
+        logits, step = (slide(dense, x, patch, cfg), 1) if cfg.window else (dense(x), patch)
+        return {name: decide(l, step, x.shape[-2:], images.shape[-2:], len(segmenter.names),
+                             cfg.sharpness, cfg.threshold) for name, l in logits.items()}
 
     return predict
 
 
+def slide(dense, x, patch, cfg):
+    """{method: logits B×C×H×W} of images x: B×3×H×W: the mean over the windows that see a pixel.
+
+    dense: from a window to its {method: logits on the grid}. This is the protocol of SCLIP,
+    ClearCLIP and NACLIP (window 224, stride 112, short side 336).
+    """
+    side, stride = cfg.window, cfg.stride or max(1, cfg.window // 2)
+    tops, lefts = ([*range(0, max(n - side, 0), stride), max(n - side, 0)] for n in x.shape[-2:])
+    total, count = {}, 0
+    for i, j in itertools.product(tops, lefts):
+        window = x[..., i:i + side, j:j + side]
+        place = j, x.size(-1) - j - window.size(-1), i, x.size(-2) - i - window.size(-2)
+        for name, logits in dense(window).items():
+            pixels = upsample(logits, patch, window.shape[-2:], window.shape[-2:])
+            total[name] = total.get(name, 0) + F.pad(pixels, place)
+        count = count + F.pad(torch.ones(window.shape[-2:], device=x.device), place)
+    return {name: sum_ / count for name, sum_ in total.items()}
+
+
 @torch.no_grad()
 def rectify_words(segmenter, f, words):
-    """(T, rectified logits B×C×h×w) of any words, for dense features f: B×D×h×w.
+    """(T, rectified logits B×C×h×w) of any words, for dense features f: B×D×h×w. Without a
+    rectifier the logits are MaskCLIP's.
 
     Words that are not classes of the training get a Reference from the learned prompt (the mean
     prompt, where each class has one). ReCLIP's P and ReCLIP++'s decoder have one output per class
     of the training and are left out for them.
     """
-    clip, names, method = segmenter.clip, segmenter.names, segmenter.cfg.method
+    clip, method = segmenter.clip, segmenter.cfg.method
+    names = [*segmenter.names, *segmenter.background]
+    if not segmenter.rectifier:
+        return segmenter.T, similarity(f, segmenter.T)
     if set(words) <= set(names):
         chosen = [names.index(word) for word in words]
         return segmenter.T[chosen], segmenter.rectified(f, segmenter.reference())[:, chosen]
@@ -750,20 +822,22 @@ def objects(label, prediction, sample):
     return found
 
 
-def evaluate(predict, samples, names):
+def evaluate(predict, samples, names, base=1):
     """Measure masks against ground truth, in one pass. predict: uint8 B×3×H×W -> {method: B×H×W}.
 
-    Returns ({method: {"mIoU": percent, "IoU": {name: percent}}}, {method: [Found]}); a class that
-    never occurs has IoU None.
+    names: the classes; where the last is "background" VOC's 0 counts as that, else it is void.
+    base: the first class's value in label files. Returns ({method: {"mIoU": percent, "IoU":
+    {name: percent}}}, {method: [Found]}); a class that never occurs has IoU None.
     """
     C, matrices, found = len(names), {}, {}
     bar = tqdm(total=len(samples), desc="evaluating", unit="img", leave=False)
-    for batch, images, labels in batches_of_one_size(samples, 16, C):
+    for batch, images, labels in batches_of_one_size(samples, 16, names, base):
         for method, masks in predict(images).items():
             labels = labels.to(masks.device)
             matrices[method] = matrices.get(method, 0) + confusion(labels, masks, C)
             for triple in zip(labels, masks, batch):
-                found.setdefault(method, []).extend(objects(*triple))
+                found.setdefault(method, []).extend(
+                    thing for thing in objects(*triple) if names[thing.label] != "background")
         bar.update(len(batch))
     bar.close()
     if not any(found.values()):
@@ -785,10 +859,11 @@ def precision_recall(y, truth):
             "classes_per_image": round(y.sum().item() / len(y), 3)}
 
 
-def classes_present(samples, C):
+def classes_present(samples, C, base=1):
     """N×C bool, the classes that ground truth shows in each sample."""
-    labels = read_ahead(lambda s: load_label(s.label, load_image(s.image).shape[1:], C), samples)
-    counts = [label.flatten().long().bincount(minlength=VOID + 1)[:C] for label in labels]
+    read = lambda s: load_label(s.label, load_image(s.image).shape[1:], C, base)
+    counts = [label.flatten().long().bincount(minlength=VOID + 1)[:C]
+              for label in read_ahead(read, samples)]
     return torch.stack(counts) > 0
 
 
@@ -811,6 +886,10 @@ def print_table(results, names):
 
 # ======================================================================================= 7 datasets
 
+# What is background in VOC21, by the lists that SCLIP, ClearCLIP and NACLIP share.
+VOC_BACKGROUND = (
+    "sky, wall, tree, wood, grass, road, sea, river, mountain, sands, desk, bed, building, cloud, "
+    "lamp, door, window, wardrobe, ceiling, shelf, curtain, stair, floor, hill, rail, fence")
 VOC_NAMES = [
     "airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train",
@@ -864,6 +943,9 @@ DATASETS = {
             "ADEChallengeData2016", ADE_NAMES)}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 VOID = 255
+SLOWEST = 1000                                          # bytes a second; a slower download gives up
+LARGEST_MASK = 2 ** 23                                  # pixels at which a mask is decided
+LONGEST = 4096                                        # px; training sees larger images at this size
 LARGEST_BATCH = 2 ** 22                # pixels evaluated at once: 1.7 GB of logits with 100 classes
 
 
@@ -895,16 +977,17 @@ def download(url, md5, path):
         try:
             with urlopen(request, timeout=60) as reply:
                 have = have if reply.status == 206 else 0   # a server that ignores Range sends all
-                left = int(reply.headers.get("Content-Length", 0))
-                free = shutil.disk_usage(path.parent).free
-                if left > free:
-                    raise OSError(f"{left / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB of disk free")
-                bar = tqdm(total=have + left, initial=have, desc=path.name, unit="B",
-                           unit_scale=True, leave=False)
+                total, started = have + int(reply.headers["Content-Length"]), time.time()
+                bar = tqdm(total=total, initial=have, desc=path.name, unit="B", unit_scale=True,
+                           leave=False)
                 with bar, open(part, "ab" if have else "wb") as file:
-                    while piece := reply.read(1 << 20):
+                    while piece := reply.read1(1 << 20):
                         bar.update(file.write(piece))
-                if part.stat().st_size < have + left:
+                        if bar.n > total:
+                            raise OSError("the server sends more than it announced")
+                        if bar.n - have < SLOWEST * (time.time() - started - 60):
+                            raise OSError(f"less than {SLOWEST} bytes a second")
+                if bar.n < total:
                     raise OSError("the connection was cut; the same command goes on from there")
         except HTTPError as error:
             if error.code != 416:                              # 416: there is nothing left to fetch
@@ -913,7 +996,7 @@ def download(url, md5, path):
             part.unlink()
             raise OSError("what came is not the published file")
         part.rename(path)
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, TypeError, ValueError) as error:    # the last two: odd headers
         raise UserError(f"{path}: not downloaded ({error}); fetch {url} yourself (md5 {md5}) "
                         "and put it there")
 
@@ -936,10 +1019,10 @@ def unpack(archive, md5, target):
     shutil.rmtree(partial, ignore_errors=True)
     try:
         shutil.unpack_archive(archive, partial, filter="data")
-    except (OSError, tarfile.TarError, zipfile.BadZipFile, ValueError) as error:
+        partial.rename(target)
+    except Exception as error:     # damaged archives raise a dozen classes that have none in common
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{archive}: not unpacked: {error}")
-    partial.rename(target)
 
 
 def decode_rle(counts, size):
@@ -1010,8 +1093,17 @@ def dataset_folder(cfg):
     files, inside, _ = DATASETS[cfg.dataset]
     root, target = Path(cfg.root), Path(cfg.root) / cfg.dataset
     folder, context = target / inside, target / inside / "ImageSets/SegmentationContext"
-    needed = ([] if folder.is_dir() else files[:1]) + ([] if context.is_dir() else files[1:])
+    if folder.is_dir() and (context.is_dir() or not files[1:]):
+        return folder
     root.mkdir(parents=True, exist_ok=True)
+    with locked(root / f".{cfg.dataset}.lock", wait=True):              # two first runs at once
+        fetch_dataset(files, root, target, folder, context)
+    return folder
+
+
+def fetch_dataset(files, root, target, folder, context):
+    """Download, unpack and convert what `dataset_folder` misses. Raises UserError."""
+    needed = ([] if folder.is_dir() else files[:1]) + ([] if context.is_dir() else files[1:])
     paths, failed = [], []
     for address, md5 in needed:
         paths.append(address if isinstance(address, Path) else root / Path(address).name)
@@ -1027,32 +1119,57 @@ def dataset_folder(cfg):
         unpack(paths[0], files[0][1], target)
     if files[1:] and not context.is_dir():
         convert_context(folder, paths[-1])
-    return folder
+    if not folder.is_dir():
+        raise UserError(f"{target}: holds no {folder.relative_to(target)}; delete it, and the "
+                        "archive, and start again")
 
 
-def class_names(cfg):
-    """The class names: --names (a file, or words with commas between) or the dataset's own. Raises
-    UserError.
+def name_lines(cfg):
+    """The lines of --names (a file, or words with commas between), or the dataset's own names;
+    words within a line have ", " between them. Raises UserError.
     """
     if not cfg.names:
         return DATASETS[cfg.dataset][2]
     is_file = os.path.isfile(cfg.names)     # os.path: a long list of words is no path, and no error
-    looks_like_file = os.sep in cfg.names or Path(cfg.names).suffix == ".txt"
+    looks_like_file = os.sep in cfg.names or Path(cfg.names).suffix in (".txt", ".csv")
     if not is_file and "," not in cfg.names and looks_like_file:
         raise UserError(f"{cfg.names}: no such file; --names wants a file with one class name a "
                         "line, or words and commas")
-    try:
-        words = Path(cfg.names).read_text("utf-8").splitlines() if is_file else cfg.names.split(",")
-    except UnicodeDecodeError:
-        raise UserError(f"{cfg.names}: not a text in UTF-8; --names wants one class name a line")
-    names = [w.strip() for w in words if w.strip()]
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice or not names:
-        what = f"'{twice[0]}' is named twice" if twice else "holds no class name"
-        raise UserError(f"{cfg.names}: {what}")
-    if len(names) >= VOID:
-        raise UserError(f"{cfg.names}: {len(names)} names; a mask of 8 bits holds {VOID - 1}")
+    lines = read_text(cfg.names).splitlines() if is_file else cfg.names.split(",")
+    lines = [", ".join(w.strip() for w in line.split(",") if w.strip()) for line in lines]
+    return [line for line in lines if line not in ("", "__ignore__", "_background_")]   # labelme's
+
+
+def class_names(cfg):
+    """The class names, each with its synonyms: "person, woman, man". Raises UserError."""
+    names = [line for line in name_lines(cfg) if not line.startswith("background:")]
+    names = names[1:] if cfg.background == "first" else names
+    twice = [name for name in names if names.count(name) > 1]
+    numbered = [name for name in names if name.split(", ")[0].isdigit()]
+    for bad, message in [
+            (not names, "holds no class name"),
+            (twice, f"'{twice[:1]}' is named twice"),
+            (numbered, f"'{numbered[:1]}' begins with a number; write one class name a line"),
+            ("background" in names, "a class 'background': write 'background: sky, wall, ...', the "
+                                    "words that it stands for"),
+            (not all(map(str.isprintable, names)), "holds control characters"),
+            (len(names) >= VOID, f"{len(names)} names; a mask of 8 bits holds {VOID - 1}")]:
+        if bad:
+            raise UserError(f"{cfg.names}: {message}")
     return names
+
+
+def background_words(cfg):
+    """The words that stand for none of the classes: --background's, or those of a line "background:
+    sky, wall" of --names. field: VOC21's of SCLIP's protocol. first: the first line of --names.
+    """
+    lines = [line.removeprefix("background:") for line in name_lines(cfg)
+             if line.startswith("background:")]
+    if cfg.background == "first":
+        lines = name_lines(cfg)[:1]
+    elif cfg.background:
+        lines = [VOC_BACKGROUND if cfg.background == "field" else cfg.background]
+    return [word.strip() for line in lines for word in line.split(",") if word.strip()]
 
 
 def list_samples(folder, split):
@@ -1066,13 +1183,15 @@ def list_samples(folder, split):
     where, labels = folder / "JPEGImages", folder / f"SegmentationClass{kind}"
     index = folder / f"ImageSets/Segmentation{kind}" / f"{split}.txt"
     if (folder / "ImageSets").is_dir():
+        if split == "val" and not index.is_file():
+            return []
         if not index.is_file():
             raise UserError(f"{index}: missing; write the {split} images' names there, one a line")
-        names = [line.strip() for line in index.read_text().splitlines() if line.strip()]
+        images = find_images(where)
+        lines = [line for line in read_text(index).splitlines() if line.strip()]
+        names = [listed_name(line, images) for line in lines]
         if not names:
             raise UserError(f"{index}: empty; write the {split} images' names there, one a line")
-        candidates = [[where / f"{name}{suffix}" for suffix in SUFFIXES] for name in names]
-        images = [next(filter(Path.is_file, paths), paths[0]) for paths in candidates]
     else:
         ade = {"train": "training", "val": "validation"}[split]
         if (folder / "annotations").is_dir() and (folder / "images" / ade).is_dir():
@@ -1080,18 +1199,53 @@ def list_samples(folder, split):
         elif split == "val":
             return []
         else:
-            where, labels = where if where.is_dir() else folder, None    # not the masks beside them
-        images, index = sorted(p for p in where.rglob("*") if p.suffix.lower() in SUFFIXES), where
-        if not images:
-            raise UserError(f"{where}: holds no images ({' '.join(sorted(SUFFIXES))})")
-        names = [p.relative_to(where).with_suffix("").as_posix() for p in images]
+            where, labels = where if where.is_dir() else folder, None
+        images, index = find_images(where), where
+        names = list(images)
     labelled = labels is not None and labels.is_dir()
-    samples = [Sample(name, image, labels / f"{name}.png" if labelled else None)
-               for name, image in zip(names, images)]
+    samples = [Sample(name, images.get(name, where / f"{name}.jpg"),
+                      labels / f"{name}.png" if labelled else None) for name in names]
     for path in [p for s in samples for p in (s.image, s.label) if p and not p.is_file()]:
         raise UserError(f"{path}: missing, though {index} lists it; restore it or take it off the "
                         "list")
     return samples
+
+
+def find_images(folder):
+    """The images in a folder and below, {name: path}: the path without its suffix is the name.
+
+    Hidden files and folders are nobody's images, and neither is a mask beside its image: x_mask.png
+    beside x.jpg. Says what else it skips. Raises UserError where no image is left.
+    """
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not any(
+        part.startswith(".") for part in p.relative_to(folder).parts)]
+    images = {p.relative_to(folder).with_suffix("").as_posix(): p for p in files
+              if p.suffix.lower() in SUFFIXES}
+    endings = ("_mask", "_masks", "_label", "_labels", "_gt", "_seg")
+    masks = [name for name in images
+             if name.lower().endswith(endings) and name.rpartition("_")[0] in images]
+    skipped = collections.Counter(p.suffix.lower() or p.name for p in files
+                                  if p.suffix.lower() not in SUFFIXES)
+    skipped.update({"masks": len(masks)} if masks else {})
+    what = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common(5))
+    heic = "; convert HEIC to JPEG first" if {".heic", ".heif"} & skipped.keys() else ""
+    images = {name: path for name, path in images.items() if name not in masks}
+    if not images:
+        raise UserError(f"{folder}: holds no images ({' '.join(SUFFIXES)})"
+                        + (f", only {what}{heic}" if what else ""))
+    if what and RANK == 0:
+        print(f"{folder}: skipped {what}{heic}")
+    return images
+
+
+def listed_name(line, images):
+    """The image's name in a line of a list: a name, or a name with a suffix, a path or a flag."""
+    line = line.strip()
+    if line in images:
+        return line
+    first = line.split()[0]
+    return next((name for name in (first, Path(first).with_suffix("").name, Path(line).stem)
+                 if name in images), first)
 
 
 def splits(folder):
@@ -1105,45 +1259,81 @@ def splits(folder):
     return train, val
 
 
+@contextlib.contextmanager
+def opened(path, what):
+    """A PIL image of a file. Raises UserError for what is no image, or has more than 179
+    megapixels: Pillow's limit, beyond which a small file may fill the memory.
+    """
+    try:
+        if not Path(path).is_file():                    # a pipe would be waited for
+            raise UserError(f"{path}: no such file")
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # from 89 on
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable {what} ({error}); replace or remove it")
+
+
+def check_labels(samples, names, cfg):
+    """Look at every label before training: it can be read, fits its image, and holds known values.
+
+    Raises UserError; warns of values that seem to begin at 0, and of images that EXIF rotates.
+    """
+    C, values, rotated = len(names), set(), 0
+
+    def read(sample):
+        with opened(sample.image, "image") as image:
+            turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+            size = image.size if turn in (5, 6, 7, 8) else image.size[::-1]
+        return turn > 1, load_label(sample.label, size, C, cfg.label_base).unique().tolist()
+
+    for turned, found in read_ahead(read, samples):
+        rotated += turned
+        values |= {c + cfg.label_base for c in found if c != VOID}
+    if rotated:
+        print(f"warning: {rotated} images are rotated by EXIF; their labels are taken to be of the "
+              "rotated image")
+    if cfg.label_base and C > 1 and values == set(range(1, C)):
+        print(f"labels: 0 background, 1 {names[0]}, ..., {C} {names[-1]}; found {sorted(values)}. "
+              f"If 0 is meant to be {names[0]}, give --label-base 0")
+
+
 def load_image(path):
     """Any image as 3×H×W uint8 RGB: EXIF rotation applied, 16 bits cut to 8, transparency laid on
-    white.
+    white. Raises UserError.
     """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):    # 16-bit greys, which convert("RGB") would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({error}); replace or remove it")
+    with opened(path, "image") as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):                  # 16-bit greys, which convert("RGB") clips
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def load_label(path, size, classes):
-    """A palette PNG as H×W uint8 in {0..C-1, 255}: VOC's background (0) becomes void, class c
-    becomes c - 1.
+def load_label(path, size, classes, base=1, background=VOID):
+    """A palette PNG as H×W uint8 in {0..C-1, 255}: VOC's background (0) becomes `background`, void
+    by default, class c becomes c - 1. base: the first class's value; 0: there is no background.
     """
-    try:
-        with Image.open(path) as image:
-            mode, label = image.mode, np.array(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: not a readable mask ({error})")
+    with opened(path, "mask") as image:
+        mode, label = image.mode, np.array(image)
     if mode not in ("P", "L"):
         raise UserError(f"{path}: a mask holds one class number a pixel (palette PNG), this one is "
                         f"{mode}; convert it")
     if label.shape != tuple(size):
         raise UserError(f"{path}: the mask is {label.shape[1]}×{label.shape[0]}, its image "
                         f"{size[1]}×{size[0]}")
-    wrong = label[(label > classes) & (label != VOID)]
+    wrong = label[(label >= classes + base) & (label != VOID)]
     if wrong.size:
         raise UserError(f"{path}: the mask holds {wrong[0]}, with {classes} classes (0 is "
                         "background, 255 void)")
-    return torch.from_numpy(np.where(label == 0, VOID, label - (label != VOID)).astype(np.uint8))
+    values = np.arange(256, dtype=np.uint8) - base                      # of 0 and 255: see below
+    values[VOID] = VOID
+    if base:
+        values[0] = background
+    return torch.from_numpy(values[label])
 
 
 def read_ahead(read, samples, ahead=32):
@@ -1172,26 +1362,35 @@ def resize_to_fit(image, size, mode=v2.InterpolationMode.BILINEAR, factor=1.0):
     return v2.functional.resize(image, new, mode, antialias=True)
 
 
+def limit(image):
+    """An image 3×H×W, made smaller where it is longer than LONGEST: dozens of them wait in
+    memory.
+    """
+    return resize_to_fit(image, (LONGEST, LONGEST)) if max(image.shape) > LONGEST else image
+
+
 def subsample(samples, count):
     """At most `count` of the samples, evenly spread over the list."""
     return samples[::math.ceil(len(samples) / count)]
 
 
-def batches_of_one_size(samples, batch, classes=None):
+def batches_of_one_size(samples, batch, names=(), base=1):
     """Yield (samples, images B×3×H×W uint8, labels B×H×W uint8 or None), each batch of one image
-    size.
+    size. names, base: as `evaluate`'s; without names no labels are read.
 
     No more than 4 · batch images wait for others of their size. A batch ends early at LARGEST_BATCH
     pixels.
     """
+    C = len(names) - ("background" in names)
+
     def read(sample):
-        image = load_image(sample.image)
-        label = load_label(sample.label, image.shape[1:], classes) if classes else None
+        image, zero = load_image(sample.image), C if "background" in names else VOID
+        label = load_label(sample.label, image.shape[1:], C, base, zero) if names else None
         return sample, image, label
 
     def stack(group):
         samples, images, labels = zip(*group)
-        return samples, torch.stack(images), torch.stack(labels) if classes else None
+        return samples, torch.stack(images), torch.stack(labels) if names else None
 
     waiting = {}
     for sample, image, label in read_ahead(read, samples):
@@ -1229,16 +1428,18 @@ def palette():
             for i in range(256) for channel in range(3)]
 
 
-def colour(c):
-    """RGB of class c (0..C-1), each 0..255; VOC's palette starts with the background."""
-    return tuple(palette()[3 * (c + 1):3 * (c + 2)])
+def colour(c, names=()):
+    """RGB of class c (0..C-1), each 0..255: VOC's, whose palette starts with the background's."""
+    start = 0 if names and names[c] == "background" else 3 * (c + 1)
+    return tuple(palette()[start:start + 3])
 
 
-def paint(mask, image=None, pale=None):
-    """A mask H×W in class colours, void white: H×W×3 uint8. Over an image 3×H×W where given, pale
-    where `pale` H×W says so.
+def paint(mask, names, image=None, pale=None):
+    """A mask H×W in the colours of the classes `names`, void white: H×W×3 uint8. Over an image
+    3×H×W where given, pale where `pale` H×W says so.
     """
-    colours = torch.tensor([colour(c) for c in range(VOID)] + [(255, 255, 255)], dtype=torch.float)
+    colours = torch.full((VOID + 1, 3), 255.0)
+    colours[:len(names)] = torch.tensor([colour(c, names) for c in range(len(names))]).float()
     painted = colours[mask.long()]                                                      # H W 3
     if image is not None:
         painted = 0.65 * painted + 0.35 * image.permute(1, 2, 0)
@@ -1275,13 +1476,13 @@ def draw_rows(rows, names, classes, boxes=None, titles=None, side=1.5):
                         linewidth=2, clip_on=False, **style))
             if titles:
                 axis.set_title(titles[k], fontsize=10)
-    patches = [Patch(facecolor=[v / 255 for v in colour(c)], edgecolor="black", label=names[c])
-               for c in classes]
+    patches = [Patch(facecolor=[v / 255 for v in colour(c, names)], edgecolor="black",
+                     label=names[c]) for c in classes]
     figure.legend(handles=patches, loc="outside lower center", ncols=per_line, frameon=False)
     return figure
 
 
-def draw_gallery(predict, samples, names, classes=None):
+def draw_gallery(predict, samples, names, classes=None, base=1):
     """Rows image, ground truth, one row a method of `predict`; a column per sample. For Fig. 4 and
     5.
 
@@ -1291,10 +1492,12 @@ def draw_gallery(predict, samples, names, classes=None):
     rows, seen, boxes = {}, set(), []
     for k, sample in enumerate(samples):
         image = load_image(sample.image)
-        label = load_label(sample.label, image.shape[1:], len(names))
+        _, _, labels = next(batches_of_one_size([sample], 1, names, base))
+        label = labels[0]
         masks = {method: mask[0].cpu() for method, mask in predict(image[None]).items()}
-        cells = {"image": image.permute(1, 2, 0).numpy(), "ground truth": paint(label)}
-        cells |= {TITLES.get(m, m): paint(mask, pale=label == VOID) for m, mask in masks.items()}
+        cells = {"image": image.permute(1, 2, 0).numpy(), "ground truth": paint(label, names)}
+        cells |= {TITLES.get(m, m): paint(mask, names, pale=label == VOID)
+                  for m, mask in masks.items()}
         for title, cell in cells.items():
             rows.setdefault(title, []).append(cell)
         if classes:
@@ -1305,12 +1508,12 @@ def draw_gallery(predict, samples, names, classes=None):
     return draw_rows(rows, names, sorted(seen), boxes)
 
 
-def figure4(predict, samples, names):
+def figure4(predict, samples, names, base=1):
     """Fig. 4: eight images, evenly spread over the list."""
-    return draw_gallery(predict, subsample(samples, 8), names)
+    return draw_gallery(predict, subsample(samples, 8), names, base=base)
 
 
-def figure5(predict, found, names):
+def figure5(predict, found, names, base=1):
     """Fig. 5: the eight objects farthest from the centre of their images, in a box, each in another
     image.
     """
@@ -1319,7 +1522,7 @@ def figure5(predict, found, names):
         farthest.setdefault(thing.sample.image, thing)
     eight = list(farthest.values())[:8]
     samples, classes = [thing.sample for thing in eight], [thing.label for thing in eight]
-    return draw_gallery(predict, samples, names, classes)
+    return draw_gallery(predict, samples, names, classes, base)
 
 
 def figure1a(found, ring):
@@ -1457,23 +1660,69 @@ def pack_prompts(text, V, tokens):
     return x, place, torch.zeros(sees.shape, device=device).masked_fill(~sees, -torch.inf)
 
 
+# ================================================================== 10 files, locks and checkpoints
+
 @contextlib.contextmanager
 def whole_file(path):
-    """The path of a temporary file that becomes `path` when the block ends: it is there whole or
-    not at all.
+    """A temporary path that becomes `path` when the block ends: the file is there whole or not at
+    all. Raises UserError where it cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})")
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def locked(path, wait):
+    """Let one process at a time into the block: the next one waits, or is refused by UserError."""
+    owner = path.with_suffix(".pid")
+    lock = FileLock(path, timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{path.parent}: process {read_text(owner).strip()} is writing there; wait "
+                        "for its end, or give another --out")
+    try:
+        owner.write_text(str(os.getpid()))
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def output_folder(out):
+    """Make the folder of a run and keep other runs out of it. Raises UserError, also where it
+    cannot be written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = locked(out / ".lock", wait=False) if RANK == 0 else contextlib.nullcontext()
+        with lock:
+            yield
+    except PermissionError as error:
+        raise UserError(f"{out}: cannot be written to ({error.strerror}); give another --out")
+
+
+def read_text(path):
+    """A text file in UTF-8, with or without a byte-order mark. Raises UserError."""
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text in UTF-8; save it as UTF-8")
 
 
 def save(path, state):
     """torch.save, whole or not at all."""
+    buffer = io.BytesIO()                              # torch reports a full disk as a RuntimeError
+    torch.save(state, buffer)
     with whole_file(path) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def write_text(path, text):
@@ -1497,17 +1746,22 @@ def digest(module):
 
 def state_of(segmenter):
     """What a checkpoint holds: tensors and plain values only."""
-    return {"config": asdict(segmenter.cfg), "names": segmenter.names, "T": segmenter.T,
+    return {"config": asdict(segmenter.cfg), "names": segmenter.names,
+            "background": segmenter.background, "T": segmenter.T,
             "rectifier": segmenter.rectifier.state_dict(),
             "clip": segmenter.clip.visual.state_dict() if segmenter.cfg.finetune else None}
 
 
 def restore(segmenter, state):
-    """Give a segmenter the weights of a checkpoint, in eval mode."""
-    segmenter.rectifier.load_state_dict(state["rectifier"])
+    """Give a segmenter the weights of a checkpoint, in eval mode. Raises UserError."""
+    try:
+        segmenter.rectifier.load_state_dict(state["rectifier"])
+        if state["clip"]:
+            segmenter.clip.visual.load_state_dict(state["clip"])
+    except (RuntimeError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{segmenter.cfg.out}: the checkpoint's weights do not fit its settings; "
+                        "make it again with `python rectify.py`")
     segmenter.rectifier.eval()
-    if state["clip"]:
-        segmenter.clip.visual.load_state_dict(state["clip"])
 
 
 def load_checkpoint(path, part="rectifier"):
@@ -1517,15 +1771,27 @@ def load_checkpoint(path, part="rectifier"):
     Raises UserError.
     """
     maker = {"rectifier": "rectify.py", "student": "distill.py"}[part]
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["names"], state["config"], state[part]
-        return state
-    except FileNotFoundError:
+    if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; make it with `python {maker}`")
+    try:
+        with open(path, "rb") as file:
+            damaged = zipfile.ZipFile(file).testzip()   # compares the checksum of every member
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        weights = [state["T"] if part == "rectifier" else state[part]["T"], *state[part].values()]
+        finite = all(w.isfinite().all() for w in weights)
+        queries = [name.strip() for name in [*state["names"], *state["background"]]]
+        sound = finite and not damaged and len(weights[0]) == len(queries)
+        state["config"]["seed"]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})")
     except Exception as error:      # torch.load has no error class of its own for files not its own
         raise UserError(f"{path}: not a checkpoint of {maker} ({type(error).__name__}); "
                         "make it again")
+    if not sound:
+        raise UserError(f"{path}: damaged, or its weights are not finite; make it again with "
+                        f"`python {maker}`")
+    return state
 
 
 def resume(segmenter, optimizer, schedule, state):
@@ -1568,7 +1834,7 @@ def load_segmenter(path, **typed):
     """
     state = load_checkpoint(path)
     cfg = configure(state["config"], **typed)
-    segmenter = Segmenter(cfg, state["names"], pick_device(cfg), state["T"])
+    segmenter = Segmenter(cfg, state["names"], pick_device(cfg), state["T"], state["background"])
     restore(segmenter, state)
     return segmenter
 
@@ -1692,6 +1958,22 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def check_trained(config, trained, typed):
+    """Raise UserError where a checkpoint's configuration is not of this dataclass, or where what
+    was typed contradicts it in a field that is not free.
+    """
+    kinds = {f.name: typing.get_origin(f.type) or f.type for f in fields(config)}
+    if kinds.keys() != trained.keys() or not all(
+            isinstance(trained[name], kind) for name, kind in kinds.items()):
+        raise UserError("the checkpoint's settings are of another version of this script; train "
+                        "anew")
+    for f in fields(config):
+        was, now = trained[f.name], typed.get(f.name, trained[f.name])
+        if now != was and not f.metadata["free"]:
+            raise UserError(f"{flag(f.name)} {now}: the checkpoint was trained with {was}; leave "
+                            f"out {flag(f.name)}, or train anew")
+
+
 def command_line(config, doc, recipes, argv=None):
     """What was typed, {field: value}, on a command line made of a dataclass of `option`s: --field
     VALUE, or a bare flag.
@@ -1734,55 +2016,29 @@ def versions():
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
-@torch.no_grad()
-def segment(typed):
-    """--image: the image, MaskCLIP's and the rectified mask side by side in one PNG.
-
-    Nothing is denoised: who names the classes knows that they are there.
-    """
-    path = Path(typed["out"]) / "rectify.pt" if "out" in typed else newest("rectify.pt")
-    chosen = {name: typed[name] for name in ("device", "precision") if name in typed}
-    segmenter = load_segmenter(path, **chosen)
-    cfg, image = segmenter.cfg, load_image(typed["image"])
-    words = class_names(replace(cfg, names=typed["names"])) if "names" in typed else segmenter.names
-    print(f"segmenting {typed['image']} with {path}")
-    x = resize_to_fit(image[None], cfg.size)
-    f = segmenter.features(x)
-    T, rectified = rectify_words(segmenter, f, words)
-    baseline = segmenter.encode(segmenter.frozen, x, cfg.attention) if cfg.finetune else f
-    patch = segmenter.clip.visual.patch_size[0]
-    maps = {"MaskCLIP": similarity(baseline, T), TITLES[cfg.method]: rectified}
-    masks = {title: upsample(logits, patch, x.shape[-2:], image.shape[-2:]).argmax(1)[0].cpu()
-             for title, logits in maps.items()}
-    row = [image.permute(1, 2, 0).numpy(), *(paint(mask, image) for mask in masks.values())]
-    seen = sorted(set(torch.stack([*masks.values()]).unique().tolist()))
-    target = path.parent / f"{Path(typed['image']).stem}.overlay.png"
-    save_figure(draw_rows({"": row}, words, seen, titles=["image", *masks], side=3.2), target)
-    print(f"wrote {target}")
-
-
 def open_run(typed):
-    """(Config, checkpoint or None): of the run to evaluate, to go on with, or to begin. Raises
-    UserError.
+    """(Config, checkpoint or None): of the run to evaluate, to go on with, or to begin.
+
+    Raises UserError.
     """
     if "eval" in typed:
-        state = load_checkpoint(Path(typed["eval"]))
+        state = load_checkpoint(typed["eval"])
         return configure(state["config"], **{"out": str(Path(typed["eval"]).parent)} | typed), state
-    cfg = configure(**typed)
-    kept = [Path(cfg.out) / name for name in ("rectify.partial.pt", "rectify.pt")]
-    kept = [path for path in kept if path.is_file()] if cfg.resume else []
+    out = Path(typed.get("out") or configure(**typed).out)
+    kept = [out / "rectify.partial.pt", out / "rectify.pt"] if "resume" in typed else []
+    kept = [path for path in kept if path.is_file()]
     if not kept:
-        return cfg, None
+        return configure(**typed), None
     state = load_checkpoint(kept[0])
     cfg = configure(state["config"], **typed)
-    if state["names"] != class_names(cfg):
+    if (state["names"], state["background"]) != (class_names(cfg), background_words(cfg)):
         raise UserError(f"{kept[0]}: was trained with other class names; give the same, or leave "
                         "out --resume")
     return cfg, state
 
 
 def learn(segmenter, samples, state):
-    """Train, or go on with the partial checkpoint `state`; rank 0 writes rectify.pt. Returns
+    """Train, or go on with the partial checkpoint `state`; rank 0 writes rectify.pt. Returns the
     seconds of the two stages.
     """
     started, out = time.time(), Path(segmenter.cfg.out)
@@ -1792,28 +2048,127 @@ def learn(segmenter, samples, state):
     train(segmenter, data, len(samples), out, state)
     if RANK == 0:
         save(out / "rectify.pt", state_of(segmenter))
+        remove_stale(out, digest(segmenter.rectifier))
         (out / "rectify.partial.pt").unlink()
     return {"features": round(prepared - started, 1), "training": round(time.time() - prepared, 1)}
+
+
+def remove_stale(out, weights):
+    """Remove what was made from other weights than these in a run's folder: a student and its
+    files would be taken for this run's.
+    """
+    student = out / "student.pt"
+    if not student.is_file() or load_checkpoint(student, "student")["taught_by"] == weights:
+        return
+    stale = [p for p in out.iterdir() if p.name.startswith(("student", "distill", "export"))]
+    for path in stale:
+        path.unlink()
+    print(f"removed an earlier run's {', '.join(sorted(p.name for p in stale))}")
 
 
 def measure(segmenter, val, seconds):
     """Measure on labelled images: the table, rectify.json, and the figures. seconds: what the
     stages before took.
     """
-    cfg, names, out, started = segmenter.cfg, segmenter.names, Path(segmenter.cfg.out), time.time()
-    predict = predictor(segmenter)
-    results, found = evaluate(predict, val, names)
-    quality = precision_recall(hypotheses(segmenter, val), classes_present(val, len(names)))
+    cfg, names, started = segmenter.cfg, segmenter.classes, time.time()
+    out, predict = Path(cfg.out), predictor(segmenter)
+    results, found = evaluate(predict, val, names, cfg.label_base)
+    y, C = hypotheses(segmenter, val), len(segmenter.names)
+    quality = precision_recall(y[:, :C], classes_present(val, C, cfg.label_base))
     seconds["evaluation"] = round(time.time() - started, 1)
     report = {"results": results, "hypothesis": quality, "config": asdict(cfg),
               "versions": versions(), "seconds": seconds}
     write_text(out / "rectify.json", json.dumps(report, indent=1))
     save_figure(figure1a(found, cfg.ring), out / "figure1a.png")
-    save_figure(figure4(predict, val, names), out / "figure4.png")
-    save_figure(figure5(predict, found["maskclip"], names), out / "figure5.png")
+    save_figure(figure4(predict, val, names, cfg.label_base), out / "figure4.png")
+    save_figure(figure5(predict, found["maskclip"], names, cfg.label_base), out / "figure5.png")
     print_table(results, names)
     print(f"hypothesis on val: precision {quality['precision']:.3f}, recall "
           f"{quality['recall']:.3f}, {quality['classes_per_image']:.2f} classes an image")
+
+
+def describe(segmenter, samples, seconds):
+    """What can be known without labels, of 100 training images: the share of each class and how
+    many pixels the rectification changed. Writes rectify.json, so that runs can be compared.
+    """
+    names, some = segmenter.classes, subsample(samples, 100)
+    predict, pixels = predictor(segmenter), collections.Counter()
+    shares, changed = np.zeros(len(names)), 0
+    for sample in tqdm(some, "describing", unit="img", leave=False):
+        masks = predict(limit(load_image(sample.image))[None])
+        mask = masks[segmenter.cfg.method].cpu()
+        pixels["all"] += mask.numel()
+        pixels["changed"] += (mask != masks["maskclip"].cpu()).sum().item()
+        shares += mask.flatten().long().bincount(minlength=len(names)).numpy()
+    share = {name: round(n / pixels["all"], 4) for name, n in zip(names, shares.tolist())}
+    changed = round(pixels["changed"] / pixels["all"], 4)
+    report = {"images": len(some), "share": share, "changed": changed,
+              "config": asdict(segmenter.cfg), "versions": versions(), "seconds": seconds}
+    write_text(Path(segmenter.cfg.out) / "rectify.json", json.dumps(report, indent=1))
+    print(f"no labels, so no mIoU. On {len(some)} training images rectification changes "
+          f"{changed:.1%} of MaskCLIP's pixels; share of the pixels:")
+    for name, value in sorted(share.items(), key=lambda pair: -pair[1]):
+        print(f"  {name:<20}{value:>7.1%}")
+
+
+@torch.no_grad()
+def segment(typed):
+    """--image: for an image, or each in a folder, the mask (a palette PNG with VOC's values) and an
+    overlay, MaskCLIP's beside the rectified one. Without a run: by CLIP alone.
+
+    Nothing is denoised: who names the classes knows that they are there.
+    """
+    chosen = {k: v for k, v in typed.items() if k not in ("image", "out", "names", "background")}
+    if "out" in typed or any(Path("runs").glob("*/rectify.pt")):
+        run = Path(typed["out"]) / "rectify.pt" if "out" in typed else newest("rectify.pt")
+        segmenter, out = load_segmenter(run, **chosen), run.parent
+        print(f"segmenting with {run}")
+    else:
+        print("nothing was trained under runs/: CLIP alone, not rectified")
+        wanted = {"dataset": "voc"} | typed | {"method": "maskclip"}
+        cfg, out = configure(**{k: v for k, v in wanted.items() if k != "image"}), Path(".")
+        names, background = class_names(cfg), background_words(cfg)
+        segmenter = Segmenter(cfg, names, pick_device(cfg), background=background)
+    cfg, patch = segmenter.cfg, segmenter.clip.visual.patch_size[0]
+    names, background = segmenter.names, segmenter.background
+    if typed.keys() & {"names", "background"}:
+        asked = replace(cfg, names=typed.get("names", ""), background=typed.get("background", ""))
+        names = class_names(asked) if asked.names else names
+        background = background_words(asked)
+    classes = [name.split(", ")[0] for name in names] + ["background"]
+    source = Path(typed["image"])
+    paths = [*find_images(source).values()] if source.is_dir() else [source]
+    for path in paths:
+        image = load_image(path)
+        x = resize_to_fit(image[None], cfg.size)
+        f = segmenter.features(x)
+        T, rectified = rectify_words(segmenter, f, [*names, *background])
+        baseline = segmenter.encode(segmenter.frozen, x, cfg.attention) if cfg.finetune else f
+        maps = {"MaskCLIP": similarity(baseline, T), TITLES[cfg.method]: rectified}
+        masks = {title: decide(logits, patch, x.shape[-2:], image.shape[-2:], len(names),
+                               cfg.sharpness, cfg.threshold)[0].cpu()
+                 for title, logits in maps.items()}
+        write_mask(masks[TITLES[cfg.method]], len(names), out / f"{path.stem}.mask.png")
+        show_masks(image, masks, classes, out / f"{path.stem}.overlay.png")
+        print(f"wrote {printable(str(out / path.stem))}.mask.png and .overlay.png")
+
+
+def write_mask(mask, C, path):
+    """A mask H×W as VOC stores it: a palette PNG, class c as c + 1, the background (C) as 0."""
+    png = Image.fromarray(((mask.int() + 1) % (C + 1)).byte().numpy())
+    png.putpalette(palette())
+    with whole_file(path) as temporary:
+        png.save(temporary, "PNG")
+
+
+def show_masks(image, masks, classes, path):
+    """Draw an image 3×H×W and {title: mask H×W} over it in a row, at 800 px at most."""
+    step = max(1, math.ceil(max(image.shape) / 800))
+    small = image[:, ::step, ::step]
+    masks = {title: mask[::step, ::step] for title, mask in masks.items()}
+    row = [small.permute(1, 2, 0).numpy(), *(paint(m, classes, small) for m in masks.values())]
+    seen = torch.stack([*masks.values()]).unique().tolist()
+    save_figure(draw_rows({"": row}, classes, seen, titles=["image", *masks], side=3.2), path)
 
 
 def main(argv=None):
@@ -1821,30 +2176,30 @@ def main(argv=None):
     if "image" in typed:
         return segment(typed)
     cfg, state = open_run(typed)
-    names, device = state["names"] if state else class_names(cfg), pick_device(cfg)
-    out = Path(cfg.out)
+    names, background = class_names(cfg), background_words(cfg)
+    if "eval" in typed:
+        names, background = state["names"], state["background"]
+    device, out = pick_device(cfg), Path(cfg.out)
     torch.manual_seed(cfg.seed)
-    with rank_zero_first():
-        folder = dataset_folder(cfg)
-        samples, val = splits(folder)
-        print(f"{cfg.method} on {folder}: {len(samples)} images to learn from, {len(val)} labelled "
-              f"ones to measure on, {len(names)} classes, {device}"
-              + f", {WORLD} processes" * (WORLD > 1))
-        segmenter = Segmenter(cfg, names, device, state and state["T"])
-        segmenter.stock                    # now, where a download is safe and a failure comes early
-        out.mkdir(parents=True, exist_ok=True)
-    seconds = {}
-    if state and "optimizer" not in state:
-        restore(segmenter, state)
-        print("measuring a complete run")
-    elif cfg.method != "maskclip":
-        seconds = learn(segmenter, samples, state)
-    if RANK == 0 and val:
-        measure(segmenter, val, seconds)
-    elif RANK == 0:
-        print(f"no labelled validation images in {folder}: nothing to measure. Look at one with "
-              f"`python rectify.py --image IMAGE --out {out}`")
-    print(f"{time.time() - started:.0f} s in all. Wrote {out}/: {list_files(out)}")
+    with output_folder(out):
+        with rank_zero_first():                         # what is downloaded is downloaded here
+            folder = dataset_folder(cfg)
+            samples, val = splits(folder)
+            check_labels(val, names, cfg)
+            print(f"{cfg.method} on {folder}: {len(samples)} images to learn from, {len(val)} "
+                  f"labelled ones to measure on, {len(names)} classes, {device}"
+                  + f", {WORLD} processes" * (WORLD > 1))
+            segmenter = Segmenter(cfg, names, device, state and state["T"], background)
+            segmenter.stock
+        seconds = {}
+        if state and "optimizer" not in state:
+            restore(segmenter, state)
+            print("measuring a complete run")
+        elif cfg.method != "maskclip":
+            seconds = learn(segmenter, samples, state)
+        if RANK == 0:
+            measure(segmenter, val, seconds) if val else describe(segmenter, samples, seconds)
+            print(f"{time.time() - started:.0f} s in all. Wrote {out}/: {list_files(out)}")
 
 
 def run(main):
@@ -1853,30 +2208,60 @@ def run(main):
 
     Where torchrun started several processes they meet first; but for errors only rank 0 talks.
     """
-    if WORLD > 1:
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-        patience = timedelta(days=1)                    # the others wait for a download
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        distributed.init_process_group(backend, timeout=patience)
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):           # Windows has no SIGHUP
+        signal.signal(getattr(signal, name), interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                          # a terminal may be ASCII
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main()
-    except UserError as error:
-        message, code = f"error: {error}", 2
-    except KeyboardInterrupt:
-        message, code = "\ninterrupted; a training goes on with the same command and --resume", 130
-    except Exception:
-        if WORLD == 1:
-            raise
-        message, code = traceback.format_exc(), 1
-    else:
         if WORLD > 1:
-            distributed.barrier()                   # the others are done before rank 0 has measured
+            sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            patience = timedelta(days=1)                # the others wait for a download
+            distributed.init_process_group(backend, timeout=patience)
+        main()
+        if WORLD > 1:
+            distributed.barrier()                       # rank 0 measures while the others wait
             distributed.destroy_process_group()
-        return
-    print(message, file=sys.stderr, flush=True)         # out here open progress bars are gone
+        return sys.stdout.flush()
+    except BrokenPipeError:                             # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        message, code = "", 141
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        message, code = "interrupted; the same command with --resume goes on", 128 + number
+    except Exception as error:
+        mend = mendable(error)
+        if mend is None and WORLD == 1:
+            raise
+        message, code = (f"error: {printable(mend)}", 2) if mend else (traceback.format_exc(), 1)
+    if message and sys.stderr:
+        print(message, file=sys.stderr, flush=True)     # out here open progress bars are gone
     if WORLD > 1:
-        os._exit(code)              # an orderly end would wait for processes that wait for this one
+        os._exit(code)                                  # the others may wait for this process
     sys.exit(code)
+
+
+def mendable(error):
+    """One line for an error that a person can mend, else None."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'writing'}: {error.strerror}"
+    if isinstance(error, MemoryError) or "allocate" in str(error) or "out of memory" in str(error):
+        return "out of memory; give a smaller --batch, --views or --size, or a smaller image"
+    if isinstance(error, ValueError) and "environment variable" in str(error):
+        return f"WORLD_SIZE is {WORLD}, but {error}; start several processes with torchrun"
+    return None
+
+
+def printable(text, most=600):
+    """A text in one line without control characters, which could drive a terminal."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= most else text[:most] + " .."
 
 
 if __name__ == "__main__":
