@@ -748,34 +748,34 @@ def slide(dense, x, patch, cfg):
 
 
 @torch.no_grad()
-def rectify_words(segmenter, f, words):
-    """(T, rectified logits B×C×h×w) of any words, for dense features f: B×D×h×w. Without a
-    rectifier the logits are MaskCLIP's.
+def rectify_words(segmenter, words):
+    """(T, the function from dense features f: B×D×h×w to rectified logits B×Q×h×w) of any Q words.
 
     Words that are not classes of the training get a Reference from the learned prompt (the mean
     prompt, where each class has one). ReCLIP's P and ReCLIP++'s decoder have one output per class
     of the training and are left out for them.
     """
-    clip, method = segmenter.clip, segmenter.cfg.method
-    names = [*segmenter.names, *segmenter.background]
-    if not segmenter.rectifier:
-        return segmenter.T, similarity(f, segmenter.T)
-    if set(words) <= set(names):
-        chosen = [names.index(word) for word in words]
-        return segmenter.T[chosen], segmenter.rectified(f, segmenter.reference())[:, chosen]
-    print(f"{', '.join(w for w in words if w not in names)}: not among the {len(names)} classes of "
-          "the training; the Reference prompt alone rectifies")
+    clip, rectifier = segmenter.clip, segmenter.rectifier
+    trained = [*segmenter.names, *segmenter.background]
+    if not rectifier:                                   # nothing was trained: MaskCLIP's
+        return segmenter.T, lambda f: similarity(f, segmenter.T)
+    if set(words) <= set(trained):
+        R, chosen = segmenter.reference(), [trained.index(word) for word in words]
+        return segmenter.T[chosen], lambda f: segmenter.rectified(f, R)[:, chosen]
+    new = [word for word in words if word not in trained]
+    print(f"{', '.join(new)}: not among the {len(trained)} classes of the training; the Reference "
+          "prompt alone rectifies")
     T = text_features(clip, segmenter.tokenizer, words)
-    tokens, L = name_tokens(clip, segmenter.tokenizer, words)
-    V = segmenter.rectifier.V if segmenter.cfg.prompt == "shared" else segmenter.rectifier.V.mean(0)
+    tokens, L = name_tokens(clip, segmenter.tokenizer, [word.split(", ")[0] for word in words])
+    V = rectifier.V if segmenter.cfg.prompt == "shared" else rectifier.V.mean(0)
     R = F.normalize(reference_features(clip, V[:L], tokens), dim=1)
-    R = R / len(names) ** 0.5 if segmenter.cfg.norm == "frobenius" else R   # as long as in training
-    if method == "reclip":
-        return T, similarity(f, T) - similarity(f, R)
+    R = R / len(trained) ** 0.5 if segmenter.cfg.norm == "frobenius" else R     # as long as trained
+    if segmenter.cfg.method == "reclip":
+        return T, lambda f: similarity(f, T) - similarity(f, R)
     if segmenter.cfg.space == "off":
-        return T, similarity(f, T)
-    P = segmenter.rectifier.g(positional_embedding(clip, tuple(f.shape[-2:])))[0]       # D h w
-    return T, similarity(f, T) - torch.einsum("dhw,cd->chw", P, R)
+        return T, lambda f: similarity(f, T)
+    PE = lambda f: positional_embedding(clip, tuple(f.shape[-2:]))
+    return T, lambda f: similarity(f, T) - torch.einsum("dhw,cd->chw", rectifier.g(PE(f))[0], R)
 
 
 # ==================================================================================================
@@ -1572,7 +1572,9 @@ def load_clip(cfg, device):
     name = cfg.clip if scheme else cfg.clip.replace("/", "-")         # ViT-B/16, as papers write it
     if scheme == "local-dir" and not Path(folder).is_dir():
         name = f"{scheme}:{HERE / folder}"
-    logging.disable(logging.WARNING)                    # open_clip tells every step of its loading
+    if scheme != "local-dir" and cfg.pretrained and not Path(cfg.pretrained).is_file():
+        print(f"loading CLIP {name} {cfg.pretrained}; the first time it is downloaded", flush=True)
+    logging.disable(logging.ERROR)                      # open_clip tells every step of its loading
     try:
         with warnings.catch_warnings():
             meant = "ignore" if cfg.recipe else "default"
@@ -1583,8 +1585,12 @@ def load_clip(cfg, device):
                 force_custom_text=True)                 # so that clip.text always exists
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:      # open_clip, torch and safetensors have no error class in common
-        why = (str(error) or repr(error)).splitlines()[0]
-        raise UserError(f"cannot load CLIP {cfg.clip} {cfg.pretrained}: {why}")
+        why = (str(error) or repr(error)).splitlines()[0][:200]
+        mend = ("; where there is internet, run `python -c \"import open_clip; open_clip."
+                f"create_model('{name}', '{cfg.pretrained}')\"` and copy ~/.cache/huggingface, or "
+                "give these weights with --pretrained FILE; --dataset emoji needs neither, but its "
+                "CLIP knows emoji only") if "download" in why.lower() else ""
+        raise UserError(f"cannot load CLIP {cfg.clip} {cfg.pretrained}: {why}{mend}")
     finally:
         logging.disable(logging.NOTSET)
     imagenet = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
@@ -1733,7 +1739,7 @@ def write_text(path, text):
 
 def list_files(folder):
     """The names of the files in a folder, for the last line of a run."""
-    return ", ".join(sorted(p.name for p in folder.iterdir() if p.is_file()))
+    return ", ".join(sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")))
 
 
 def digest(module):
@@ -2138,13 +2144,13 @@ def segment(typed):
     classes = [name.split(", ")[0] for name in names] + ["background"]
     source = Path(typed["image"])
     paths = [*find_images(source).values()] if source.is_dir() else [source]
+    T, rectified = rectify_words(segmenter, [*names, *background])
     for path in paths:
         image = load_image(path)
         x = resize_to_fit(image[None], cfg.size)
         f = segmenter.features(x)
-        T, rectified = rectify_words(segmenter, f, [*names, *background])
         baseline = segmenter.encode(segmenter.frozen, x, cfg.attention) if cfg.finetune else f
-        maps = {"MaskCLIP": similarity(baseline, T), TITLES[cfg.method]: rectified}
+        maps = {"MaskCLIP": similarity(baseline, T), TITLES[cfg.method]: rectified(f)}
         masks = {title: decide(logits, patch, x.shape[-2:], image.shape[-2:], len(names),
                                cfg.sharpness, cfg.threshold)[0].cpu()
                  for title, logits in maps.items()}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,11 +100,12 @@ def test_the_student_needs_no_clip(taught):
     """student.pt holds nothing of CLIP, and segments in a process that never imports open_clip."""
     state = torch.load(taught / "student.pt", weights_only=True)
     assert not [k for k in state["student"] if "visual" in k or "resblocks" in k or "token" in k]
-    code = (f"import sys; sys.path.insert(0, {str(rectify.HERE)!r}); import torch, distill, rectify\n"
+    code = (f"import sys; sys.path.insert(0, {str(rectify.HERE)!r})\n"
+            "import distill, rectify, torch\n"
             f"state = rectify.load_checkpoint({str(taught / 'student.pt')!r}, 'student')\n"
-            "net, size = distill.load_student(state), state['config']['size']\n"
+            "net, cfg = distill.load_student(state), distill.Config(**state['config'])\n"
             "images = torch.zeros(1, 3, 50, 70, dtype=torch.uint8)\n"
-            "assert distill.predict_student(net, images, size).shape == (1, 50, 70)\n"
+            "assert distill.predict_student(net, images, cfg, 20).shape == (1, 50, 70)\n"
             "assert 'open_clip' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -143,7 +145,8 @@ def test_a_mask_that_is_wrong_is_named_before_training(taught, mini, tmp_path, w
 
 
 def test_masks_of_any_other_method_can_teach(taught, mini, tmp_path, capsys):
-    """--teacher DIR (Table 11): no features of a teacher, so two losses; in a folder named as DIR."""
+    """--teacher DIR (Table 11): no teacher's features, so two losses; written to a folder of its name.
+    """
     out = beginner(taught, tmp_path / "run")
     masks = shutil.copytree(mini / "SegmentationClass", tmp_path / "theirs")
     distill.main(["--out", str(out), "--teacher", str(masks), "--epochs", "2"])
@@ -174,8 +177,8 @@ def test_maskclip_plus_is_a_student_beside_ours(taught, tmp_path, capsys):
 
 
 def test_a_reclip_teacher_gives_the_student_its_reference(mini, tmp_path):
-    """Logits are scale · (norm(u)·Tᵀ − norm(u)·Rᵀ), with the R of the ReCLIP checkpoint; ReCLIP++ has
-    none.
+    """Logits are scale · (norm(u)·Tᵀ − norm(u)·Rᵀ), with the R of the ReCLIP checkpoint; ReCLIP++
+    has none.
     """
     out = tmp_path / "reclip"
     rectify.main(["--dataset", "emoji", "--data", str(mini), "--names", str(mini / "names.txt"),
@@ -362,12 +365,12 @@ def test_what_makes_no_sense_is_refused(taught, tmp_path, monkeypatch, args, mes
 
 def test_flips_and_scales_average_to_a_mask(taught):
     state = rectify.load_checkpoint(taught / "student.pt", "student")
-    net, size = distill.load_student(state), state["config"]["size"]
+    net, cfg = distill.load_student(state), distill.Config(**state["config"])
     x = F.interpolate(torch.rand(2, 3, 5, 8) * 255, (40, 64), mode="bilinear").byte()
-    mask, mirrored = (distill.predict_student(net, images, size, tta=True)
+    mask, mirrored = (distill.predict_student(net, images, replace(cfg, tta=True), 20)
                       for images in (x, x.flip(-1)))
     assert mask.shape == (2, 40, 64) and (mask == mirrored.flip(-1)).float().mean() > 0.99
-    single = distill.predict_student(net, x, size)
+    single = distill.predict_student(net, x, cfg, 20)
     assert (mask != single).any(), "and not what a single look gives"
 
 
@@ -395,14 +398,23 @@ def test_the_schedule_falls_to_its_floor(taught, mini, tmp_path, monkeypatch, lr
     assert log == pytest.approx([backbone for backbone, _ in rates[1::2]], abs=1e-6)
 
 
-def test_weights_that_do_not_fit_are_not_forced(capsys):
-    """The shipped backbone is narrow: a wide one starts from scratch and says so; a fitting one
-    starts from the file.
+def test_weights_that_do_not_fit_are_not_forced(monkeypatch, capsys):
+    """The shipped backbone is narrow: a fitting one starts from the file, another is refused. Where
+    ImageNet's weights cannot be had it starts from scratch, and says so.
     """
-    weights = distill.RECIPES["emoji"]["weights"]
+    weights, create = distill.RECIPES["emoji"]["weights"], distill.timm.create_model
     fitting = distill.make_backbone("resnet18", 0.5, weights)
     stored = load_file(rectify.HERE / weights)["layer4.1.conv2.weight"].float()
     assert torch.equal(fitting.state_dict()["layer4.1.conv2.weight"], stored)
-    assert not capsys.readouterr().out
-    distill.make_backbone("resnet18", 0.25, weights)
-    assert "starts from scratch" in capsys.readouterr().out
+    with pytest.raises(UserError, match="cannot be read as weights of resnet18, width 0.25"):
+        distill.make_backbone("resnet18", 0.25, weights)
+
+    def offline(name, pretrained=False, pretrained_cfg_overlay=None, **options):
+        if pretrained:
+            raise OSError("no route to host")
+        return create(name, **options)
+
+    monkeypatch.setattr(distill.timm, "create_model", offline)
+    assert not capsys.readouterr().err
+    assert distill.make_backbone("resnet18", 0.25, "imagenet").feature_info.channels() == [128]
+    assert "STARTS FROM SCRATCH" in capsys.readouterr().err

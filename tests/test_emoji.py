@@ -13,10 +13,13 @@ HERE = rectify.HERE / "tests/emoji"
 
 
 def test_the_archive_is_vocs_layout(emoji):
-    """1,200 training and 400 validation pictures of several sizes; palette masks of 0, 1..20 and a void border."""
+    """1,200 training and 400 validation images of several sizes; palette masks of 0, 1..20 and a void
+    border.
+    """
     folder = emoji / "emoji/VOCdevkit/VOC2012"
     train, val = (rectify.list_samples(folder, split) for split in ("train", "val"))
-    assert (len(train), len(val)) == (1200, 400) and not {s.name for s in train} & {s.name for s in val}
+    assert (len(train), len(val)) == (1200, 400)
+    assert not {s.name for s in train} & {s.name for s in val}
     sizes, pixels = set(), np.zeros(256)
     for sample in val:
         with Image.open(sample.label) as mask:
@@ -25,8 +28,8 @@ def test_the_archive_is_vocs_layout(emoji):
             pixels += np.bincount(np.asarray(mask).ravel(), minlength=256)
     assert len(sizes) >= 6 and any(w != h for w, h in sizes)
     assert (pixels[:21] > 0).all() and pixels[21:255].sum() == 0 and pixels[255] > 0
-    pictures = rectify.classes_present(val, 20).sum(0)
-    assert pictures.max() < 2 * pictures.min(), "every class in about as many pictures"
+    images = rectify.classes_present(val, 20).sum(0)
+    assert images.max() < 2 * images.min(), "every class in about as many images"
 
 
 def test_the_archive_is_the_one_in_the_table():
@@ -34,10 +37,9 @@ def test_the_archive_is_the_one_in_the_table():
     assert hashlib.md5(path.read_bytes()).hexdigest() == md5
 
 
-def test_the_tiny_clip_knows_what_a_picture_shows(emoji, tiny):
-    """Its favourite class is in the picture for most pictures; by chance it would be in one of ten."""
-    clip, tokenizer = tiny
-    cfg = rectify.complete(rectify.Config(root=str(emoji), method="maskclip", t=0.99, top_k=1))
+def test_the_tiny_clip_knows_what_an_image_shows(emoji):
+    """Its favourite class is in the image for most images; by chance it would be in one of ten."""
+    cfg = rectify.configure(root=str(emoji), method="maskclip", t=0.99, top_k=1)
     segmenter = rectify.Segmenter(cfg, rectify.VOC_NAMES, torch.device("cpu"))
     val = rectify.list_samples(rectify.dataset_folder(cfg), "val")[:100]
     favourite, there = rectify.hypotheses(segmenter, val), rectify.classes_present(val, 20)
@@ -50,20 +52,23 @@ def test_captions_are_drawn_the_same_from_the_same_seed():
     if not rectify.Path(make.FONT).is_file():
         pytest.skip("fonts-noto-color-emoji is not installed")
     art = make.glyphs()
-    once, twice = (make.captioned(np.random.default_rng(3), art, ["a photo of a {}."], close=False) for _ in range(2))
+    once, twice = (make.captioned(np.random.default_rng(3), art, ["a photo of a {}."], close=False)
+                   for _ in range(2))
     assert (once[0] == twice[0]).all() and once[1] == twice[1]
-    picture, mask = make.scene(np.random.default_rng(3), art)
-    assert picture.shape[:2] == mask.shape and set(np.unique(mask)) <= {*range(21), 255}
+    image, mask = make.scene(np.random.default_rng(3), art)
+    assert image.shape[:2] == mask.shape and set(np.unique(mask)) <= {*range(21), 255}
 
 
 def test_the_clip_folder_is_open_clips_own_format():
     config = json.loads((HERE / "clip/open_clip_config.json").read_text())
-    assert config["model_cfg"]["vision_cfg"]["patch_size"] == 12 and (HERE / "clip/open_clip_model.safetensors").is_file()
+    assert config["model_cfg"]["vision_cfg"]["patch_size"] == 12
+    assert (HERE / "clip/open_clip_model.safetensors").is_file()
 
 
-def test_the_backbone_has_met_none_of_emoji_vocs_pictures():
+def test_the_backbone_has_met_none_of_emoji_vocs_images():
     import make
     if not rectify.Path(make.FONT).is_file():
         pytest.skip("fonts-noto-color-emoji is not installed")
     others, ours = {image.tobytes() for image in make.other_glyphs()}, make.glyphs()
-    assert len(others) > 1200 and not others & {image.tobytes() for images in ours.values() for image in images}
+    assert len(others) > 1200
+    assert not others & {image.tobytes() for images in ours.values() for image in images}

@@ -472,13 +472,13 @@ def headroom():
     An offset per class is the class-preference bias, one per class and place (a coarse map) the space-preference bias as well;
     a free C×D Reference bounds what subtracting f·Rᵀ can do. A diagnostic: nothing that learns ever sees this.
     """
-    cfg = rectify.complete(rectify.Config(method="maskclip"))
+    cfg = rectify.configure(method="maskclip")
     folder = rectify.dataset_folder(cfg)
     segmenter = rectify.Segmenter(cfg, NAMES, torch.device("cpu"))
-    size, cells, zero = rectify.recipe_of(cfg)["size"], 4, torch.zeros
+    size, cells, zero = cfg.size, 4, torch.zeros
     fs, wheres, truths = [], [], []
-    for _, images, labels in rectify.batches_of_one_size(rectify.list_samples(folder, "train"), 32, 20):
-        f = segmenter.features(rectify.fit(images, size))                               # B D h w
+    for _, images, labels in rectify.batches_of_one_size(rectify.list_samples(folder, "train"), 32, NAMES):
+        f = segmenter.features(rectify.resize_to_fit(images, size))                               # B D h w
         h, w = f.shape[-2:]
         truth = F.interpolate(labels[:, None].float(), (h, w), mode="nearest-exact")[:, 0].long()
         where = (torch.arange(h) * cells // h)[:, None] * cells + torch.arange(w) * cells // w
@@ -506,7 +506,7 @@ def headroom():
 
     def predictor(parts):
         def predict(images):
-            x = rectify.fit(images, size)
+            x = rectify.resize_to_fit(images, size)
             dense = segmenter.features(x)
             place = F.interpolate(parts["place"].T.reshape(1, 20, cells, cells), dense.shape[-2:], mode="nearest-exact")
             logits = segmenter.scale * rectify.similarity(dense, segmenter.T - parts["free"])
