@@ -3,10 +3,10 @@
 A rectified CLIP is slow. The student learns from its masks, its dense features and its text
 features, on unlabelled images, and then needs no CLIP at all (Tables 11 and 12).
 
-    python distill.py                        # goes on with the newest rectify.pt under runs/
-    python distill.py --dataset voc          # the one in runs/voc: ResNet-50, Table 12's schedule
+    python distill.py                               # goes on with the newest rectify.pt under runs/
+    python distill.py --dataset voc            # the one in runs/voc: ResNet-50, Table 12's schedule
     python distill.py --teacher maskclip  # MaskCLIP+, to compare with: the teacher is not rectified
-    python distill.py --teacher DIR          # any other method's masks, PNGs with VOC's values
+    python distill.py --teacher DIR               # any other method's masks, PNGs with VOC's values
     python distill.py --eval runs/emoji/student.pt --tta
 
 The first gives 76.8 ± 0.8 mIoU on Emoji VOC, over seeds 0, 1, 2; its teacher has 72.0 ± 0.3.
@@ -60,7 +60,7 @@ RECIPES = {
     "ade": dict(PAPER, epochs=20),
 }
 SHARPNESS = 10                         # denoising the teacher: softmax(10 · logits), as the authors
-MAX_GRAD_NORM = 10.0                                # norm(u) is steep where u is short
+MAX_GRAD_NORM = 10.0                                             # norm(u) is steep where u is short
 TTA_SCALES = (1.0, 0.75, 1.25)
 METHODS = ("reclip", "reclip++", "maskclip")
 
@@ -179,9 +179,9 @@ class Teacher:
         for image in tqdm(images, "teacher", len(samples), unit="img", leave=False):
             both = self(torch.stack([image, image.flip(-1)]))
             logits, f = (maps[:1] / 2 + maps[1:].flip(-1) / 2 for maps in both)
-            absent = ~hypothesize(self.segmenter, image[None])[0, :, None, None]    # C 1 1
+            absent = ~hypothesize(self.segmenter, image[None])[0, :, None, None]  # C 1 1
             logits = logits - self.cfg.penalty * logits.std() * absent
-            logits = F.avg_pool2d(logits, 3, 1, 1, count_include_pad=False)         # 1 C h w
+            logits = F.avg_pool2d(logits, 3, 1, 1, count_include_pad=False)  # 1 C h w
             self.cache.append((logits[0].half(), f[0].half()))
 
 
@@ -202,7 +202,7 @@ def make_backbone(name, width=1.0, weights=""):
     options = dict(features_only=True, output_stride=8, out_indices=(4,))
     if width != 1:
         options["channels"] = stage_channels(width)
-    if ":" in name or "/" in name:                      # would be fetched from a hub
+    if ":" in name or "/" in name:                                     # would be fetched from a hub
         raise UserError(f"--backbone {name}: not one of timm's own names")
     file = dict(file=str(HERE / weights)) if weights not in ("", "imagenet") else None
     if weights:
@@ -217,7 +217,8 @@ def make_backbone(name, width=1.0, weights=""):
         raise UserError(f"--weights {weights}: cannot be read as weights of {name}, width {width}")
     if weights:
         print(f"WARNING: ImageNet's weights of {name} cannot be fetched here: the backbone STARTS "
-              "FROM SCRATCH and learns less; --weights FILE takes them from a file", file=sys.stderr)
+              "FROM SCRATCH and learns less; --weights FILE takes them from a file",
+              file=sys.stderr)
     return network
 
 
@@ -250,8 +251,8 @@ class DeepLabV2(nn.Module):
 
     def forward(self, x):
         with in_bf16(x.device) if self.training else contextlib.nullcontext():
-            x = self.backbone(x)[0]                                                 # B channels s s
-            u = sum(conv(x) for conv in self.aspp)                                  # B D s s
+            x = self.backbone(x)[0]                                         # B channels s s
+            u = sum(conv(x) for conv in self.aspp)                          # B D s s
         u = u.float()
         return classify(u, self.T, self.R, self.scale), u
 
@@ -268,7 +269,7 @@ def mask_guided(logits, label):
 
     logits: B×C×s×s, upsampled here; label: B×S×S.
     """
-    logits = F.interpolate(logits, label.shape[-2:], mode="bilinear")               # B C S S
+    logits = F.interpolate(logits, label.shape[-2:], mode="bilinear")       # B C S S
     loss = F.cross_entropy(logits, label, ignore_index=VOID, reduction="sum")
     return loss / (label != VOID).sum().clamp(min=1)
 
@@ -281,7 +282,7 @@ def feature_guided(u, f, label):
     the classifier sees, times √D, which makes an element about as large as CLIP's own; on the
     student's grid.
     """
-    gap = (F.normalize(u, dim=1) - F.normalize(f, dim=1)).abs().mean(1) * u.size(1) ** 0.5   # B s s
+    gap = (F.normalize(u, dim=1) - F.normalize(f, dim=1)).abs().mean(1) * u.size(1) ** 0.5  # B s s
     known = label != VOID
     return (gap * known).sum() / known.sum().clamp(min=1)
 
@@ -293,9 +294,9 @@ def text_guided(u, T, label, scale):
     Averaged over an image's classes, then over the batch. u: B×D×s×s; T: C×D; label: B×s×s; scale:
     CLIP's exp(logit_scale) (authors' code: its logarithm).
     """
-    classes = torch.arange(len(T), device=label.device).view(-1, 1, 1)              # C 1 1
-    M = (label[:, None] == classes).float()                                         # B C s s
-    y = M.amax((2, 3)).bool()                                                       # B C
+    classes = torch.arange(len(T), device=label.device).view(-1, 1, 1)      # C 1 1
+    M = (label[:, None] == classes).float()                                 # B C s s
+    y = M.amax((2, 3)).bool()                                               # B C
     u = F.normalize(u, dim=1)
     return contrastive_loss(M, u, T, y, scale, valid=label != VOID, pool="mask")
 
@@ -312,7 +313,7 @@ def losses(logits, u, label, f, T, scale):
     logits: B×C×s×s and u: B×D×s×s of the student. label: B×S×S and f: B×D×s×s (or None) of
     `training_batch`. T: C×D.
     """
-    coarse = on_grid(label, u.shape[-2:])                                           # B s s
+    coarse = on_grid(label, u.shape[-2:])                                   # B s s
     found = {"mask": mask_guided(logits, label), "text": text_guided(u, T, coarse, scale)}
     return found if f is None else found | {"feature": feature_guided(u, f, coarse)}
 
@@ -330,7 +331,7 @@ def random_window(size, cfg):
     (low, high), (scale, ratio, x, y, mirror) = cfg.jitter, torch.rand(5).tolist()
     scale, ratio = low + (high - low) * scale, cfg.stretch ** (2 * ratio - 1)
     a = cfg.crop / (size[1] * scale * ratio ** 0.5)                         # its share of the width
-    b = cfg.crop / (size[0] * scale / ratio ** 0.5)                              # and of the height
+    b = cfg.crop / (size[0] * scale / ratio ** 0.5)                         # and of the height
     sign = 1 if mirror < 0.5 else -1
     return torch.tensor([[sign * a, 0, (1 - a) * (2 * x - 1)], [0, b, (1 - b) * (2 * y - 1)]])
 
@@ -367,9 +368,9 @@ def training_batch(teacher, batch, cfg, device):
     theta = torch.stack([random_window(image.shape[1:], cfg) for image in images])
     theta = theta.to(device, non_blocking=True)
     cut = lambda labels: sample_windows([label[None] for label in on_device(labels)], theta, S,
-                                        "nearest")[:, 0].long()                     # B S S
-    inside = grid_of(theta, S).abs().amax(-1) <= 1                                  # B S S
-    x = sample_windows(on_device(images), theta, S) * inside[:, None]               # B 3 S S
+                                        "nearest")[:, 0].long()             # B S S
+    inside = grid_of(theta, S).abs().amax(-1) <= 1                          # B S S
+    x = sample_windows(on_device(images), theta, S) * inside[:, None]       # B 3 S S
     if teacher is None:
         label = cut(masks)
     else:
@@ -379,8 +380,8 @@ def training_batch(teacher, batch, cfg, device):
         else:                                     # these maps are the crop's own: the window is all
             logits, f = teacher(x.round().byte())
             window = torch.eye(2, 3, device=device).expand_as(theta)
-        label = sample_windows(logits, window, S).argmax(1)                         # B S S
-        f = sample_windows(f, window, math.ceil(S / 8))                             # B D s s
+        label = sample_windows(logits, window, S).argmax(1)                 # B S S
+        f = sample_windows(f, window, math.ceil(S / 8))                     # B D s s
     label.masked_fill_(~inside, VOID)
     if truths[0] is not None:
         label.masked_fill_(cut(truths) == VOID, VOID)
@@ -424,7 +425,7 @@ def train(student, teacher, samples, cfg, fixed, out, state=None):
     if device.type == "cuda":
         student = student.to(memory_format=torch.channels_last)
         student = timm.layers.convert_sync_batchnorm(student) if WORLD > 1 else student
-    torch.backends.cudnn.benchmark = True               # all crops have one size
+    torch.backends.cudnn.benchmark = True                                  # all crops have one size
     optimizer, steps = make_optimizer(student, cfg), math.ceil(N / cfg.batch)
     schedule = PolyLRScheduler(optimizer, cfg.epochs * steps, power=0.9, t_in_epochs=False,
                                lr_min=min(cfg.floor, cfg.lr))
@@ -435,7 +436,7 @@ def train(student, teacher, samples, cfg, fixed, out, state=None):
     model = wrap_ddp(student)
     bar = tqdm(total=cfg.epochs * steps, initial=len(log) * steps, desc="student", unit="step")
     for epoch in range(len(log), cfg.epochs):
-        started, total = time.time(), {}                # of each loss, the mean over the epoch
+        started, total = time.time(), {}                     # of each loss, the mean over the epoch
         batches = [i for i in epoch_order(cfg.seed, epoch, N).split(cfg.batch) if len(i) >= WORLD]
         own = [i[RANK::WORLD].tolist() for i in batches]
         read = lambda i: read_example(samples[i], i, cfg, len(student.T))
@@ -453,7 +454,7 @@ def train(student, teacher, samples, cfg, fixed, out, state=None):
         finish_epoch(student, optimizer, fixed, total, weights, speed, log, bar, out)
     bar.close()
     student.eval()
-    torch.backends.cudnn.benchmark = False              # from here on sizes change
+    torch.backends.cudnn.benchmark = False                               # from here on sizes change
 
 
 # ==================================================================================================
@@ -546,7 +547,7 @@ def finish_epoch(student, optimizer, fixed, total, weights, speed, log, bar, out
         return
     path = out / "log.jsonl"
     before = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
-    before = [line for line in before if '"stage": "distill"' not in line]          # rectify.py's
+    before = [line for line in before if '"stage": "distill"' not in line]  # rectify.py's
     write_text(path, "\n".join(before + [json.dumps(entry) for entry in log]))
     save(out / "distill.partial.pt", fixed | {
         "student": student.state_dict(), "log": log, "optimizer": optimizer.state_dict()})
@@ -567,7 +568,7 @@ def predict_student(student, images, cfg, classes, threshold=0.0):
         for mirror in (False, True) if cfg.tta else (False,):
             logits = student(x.flip(-1) if mirror else x)[0]
             logits = logits.flip(-1) if mirror else logits
-            grid = grid or logits.shape[-2:]            # of the first scale, the image's own
+            grid = grid or logits.shape[-2:]                   # of the first scale, the image's own
             total = total + F.interpolate(logits, grid, mode="bilinear")
     return decide(total, 1, grid, size, classes, threshold=threshold)
 
@@ -631,7 +632,7 @@ def learn(cfg, segmenter, samples, out, state):
         print("warning: --ignore-gt-background learns only where GROUND TRUTH is foreground. That "
               "is the published protocol, and it is not unsupervised")
     teacher = None if by_folder else Teacher(segmenter, cfg)
-    with rank_zero_first():                             # the backbone's weights may be a download
+    with rank_zero_first():                               # the backbone's weights may be a download
         student = make_student(cfg, segmenter)
     size = sum(p.numel() for p in student.parameters()) / 1e6
     print(f"{cfg.teacher} teaches {cfg.backbone}, {size:.2f} M parameters: {len(samples)} images, "
@@ -684,7 +685,7 @@ def main(argv=None):
         else:
             student, state = learn(cfg, segmenter, samples, out, state)
         if RANK > 0:
-            return                                      # rank 0 writes and measures
+            return                                                      # rank 0 writes and measures
         if val:
             mIoU = measure(student, segmenter, cfg, val, out)
             if state["mIoU"] is None and not cfg.tta:

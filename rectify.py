@@ -6,11 +6,11 @@ masks come out. CLIP's dense predictions are biased: CLIP prefers some classes (
 alone, subtracts them, and measures what that gains.
 
     python rectify.py                     # Emoji VOC ships with the repository: no GPU, no internet
-    python rectify.py --method reclip      # the CVPR paper's bias model instead of the journal's
+    python rectify.py --method reclip         # the CVPR paper's bias model instead of the journal's
     python rectify.py --dataset voc        # PASCAL VOC 2012 with OpenAI's ViT-B/16; or context, ade
-    python rectify.py --dataset voc --data photos --names names.txt     # images of your own
-    python rectify.py --image photo.jpg --names "dog, horse"            # one image, any words
-    torchrun --nproc-per-node 4 rectify.py --dataset ade                # several GPUs
+    python rectify.py --dataset voc --data photos --names names.txt         # images of your own
+    python rectify.py --image photo.jpg --names "dog, horse"                # one image, any words
+    torchrun --nproc-per-node 4 rectify.py --dataset ade                    # several GPUs
 
 The first two give, in mIoU over seeds 0, 1, 2: MaskCLIP 53.6, ReCLIP 60.1 ± 0.3, ReCLIP++
 72.0 ± 0.3, each in about 80 s on 2 CPU cores.
@@ -71,7 +71,7 @@ HERE = Path(__file__).resolve().parent
 # Rank, world size and local rank from torchrun; 0, 1, 0 without it.
 RANK, WORLD, LOCAL = (int(number) if (number := os.environ.get(name, "")).isdigit() else default
                       for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-if RANK > 0:                                            # elsewhere TQDM_DISABLE decides
+if RANK > 0:                                                        # elsewhere TQDM_DISABLE decides
     tqdm = functools.partial(tqdm, disable=True)
 
 
@@ -206,23 +206,7 @@ def configure(trained=None, **typed):
     else:
         check_trained(Config, trained, typed)
     cfg = Config(**trained | typed)
-    for bad, message in [
-            (not -1 < cfg.t < 1, f"--t {cfg.t}: a cosine's threshold lies in (-1, 1)"),
-            (min(cfg.epochs, cfg.batch, cfg.views, cfg.top_k, cfg.crop, cfg.tile, *cfg.size) < 1,
-             "--epochs, --batch, --views, --top-k, --crop, --tile and --size start at 1"),
-            (not (0 < cfg.lr < 1e6 and 0 < cfg.lr_conv < 1e6 and 0 < cfg.alpha < math.inf),
-             "--lr, --lr-conv and --alpha must be positive, and the rates below a million"),
-            (not 0 <= cfg.seed < 2 ** 32, f"--seed {cfg.seed}: from 0 to 2^32 - 1"),
-            (not 0 <= cfg.threshold < 1, f"--threshold {cfg.threshold}: a probability, from 0 on"),
-            (min(cfg.window, cfg.stride) < 0, "--window and --stride: px, or 0"),
-            (cfg.recipe and cfg.dataset == "emoji", "--recipe 2024 is not for Emoji VOC"),
-            (cfg.recipe and cfg.clip != REGIME_2024["clip"],
-             f"--clip {cfg.clip}: --recipe 2024 means {REGIME_2024['clip']}; leave out --clip"),
-            (":" not in cfg.clip and not cfg.pretrained,
-             f"--clip {cfg.clip} needs --pretrained: open_clip's tag, or a file"),
-            (cfg.data and not cfg.names, "--data needs --names: a file, one class name a line")]:
-        if bad:
-            raise UserError(message)
+    refuse_nonsense(cfg)
     return cfg
 
 
@@ -236,13 +220,12 @@ def normalize(clip, images):
 def positional_embedding(clip, grid):
     """PE: 1×d×h×w, CLIP's positional embedding without CLS, bicubic-resized to the grid (h, w)."""
     visual = clip.visual
-    pe = visual.positional_embedding[1:].T.reshape(1, -1, *visual.grid_size)        # 1 d h w
+    pe = visual.positional_embedding[1:].T.reshape(1, -1, *visual.grid_size)  # 1 d h w
     return pe if grid == tuple(visual.grid_size) else F.interpolate(pe, grid, mode="bicubic")
 
 
 def last_block(block, x, grid, attention):
-    """CLIP's last transformer block, B×(1+hw)×d to the same, with an attention made for dense
-    prediction.
+    """CLIP's last transformer block with an attention for dense prediction, B×(1+hw)×d to the same.
 
     "stock": CLIP's own. maskclip: each token attends to itself alone (Zhou 2022). sclip: q·q + k·k
     (Wang 2024). clearclip: q·q, no residual, no MLP (Lan 2024). naclip: k·k and a Gaussian around
@@ -251,21 +234,21 @@ def last_block(block, x, grid, attention):
     if attention == "stock":
         return block(x)
     attn = block.attn
-    qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)           # B 1+hw 3d
-    q, k, v = qkv.chunk(3, dim=-1)                                                  # B 1+hw d
+    qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)   # B 1+hw 3d
+    q, k, v = qkv.chunk(3, dim=-1)                                          # B 1+hw d
     if attention != "maskclip":
         q, k, v = (y.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
-        scale = q.size(-1) ** -0.5                                  # q, k, v: B heads 1+hw d/heads
+        scale = q.size(-1) ** -0.5                                   # q, k, v: B heads 1+hw d/heads
         if attention == "sclip":
             A = (q @ q.mT * scale).softmax(-1) + (k @ k.mT * scale).softmax(-1)
         elif attention == "clearclip":
             A = (q @ q.mT * scale).softmax(-1)
         else:
-            yx = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in grid))    # hw 2
-            distance = torch.cdist(yx.float(), yx.float())                              # hw hw
-            near = torch.exp(-distance.square() / (2 * 5 ** 2))         # std 5 patches
+            yx = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in grid))  # hw 2
+            distance = torch.cdist(yx.float(), yx.float())                  # hw hw
+            near = torch.exp(-distance.square() / (2 * 5 ** 2))             # std 5 patches
             A = (k @ k.mT * scale + F.pad(near, (1, 0, 1, 0))).softmax(-1)
-        v = (A @ v).transpose(1, 2).flatten(2)                                          # B 1+hw d
+        v = (A @ v).transpose(1, 2).flatten(2)                              # B 1+hw d
     v = block.ls_1(attn.out_proj(v))                    # ls: LayerScale, the identity in most CLIPs
     if attention in ("clearclip", "naclip"):
         return v
@@ -274,8 +257,7 @@ def last_block(block, x, grid, attention):
 
 
 def encode_image(clip, x, attention):
-    """CLIP's image tower for images of any size. x: B×3×H×W, normalized, padded here to whole
-    patches.
+    """CLIP's image tower for images x: B×3×H×W of any size, normalized; padded to whole patches.
 
     attention: of the last block. "stock" gives CLIP's own image feature, B×D; the others the dense
     feature f, B×D×h×w. Both of unit norm.
@@ -283,18 +265,18 @@ def encode_image(clip, x, attention):
     visual = clip.visual
     p_h, p_w = visual.patch_size
     x = F.pad(x, (0, -x.size(-1) % p_w, 0, -x.size(-2) % p_h))
-    x = visual.conv1(x)                                                                 # B d h w
+    x = visual.conv1(x)                                                     # B d h w
     grid = tuple(x.shape[-2:])
-    x = (x + positional_embedding(clip, grid)).flatten(2).mT                            # B hw d
+    x = (x + positional_embedding(clip, grid)).flatten(2).mT                # B hw d
     cls = visual.class_embedding + visual.positional_embedding[0]
-    x = visual.ln_pre(torch.cat([cls.expand(len(x), 1, -1), x], dim=1))                 # B 1+hw d
+    x = visual.ln_pre(torch.cat([cls.expand(len(x), 1, -1), x], dim=1))     # B 1+hw d
     for block in visual.transformer.resblocks[:-1]:
         x = block(x)
     x = last_block(visual.transformer.resblocks[-1], x, grid, attention)
     if attention == "stock":
-        return F.normalize((visual._pool(x)[0] @ visual.proj).float(), dim=-1)          # B D
+        return F.normalize((visual._pool(x)[0] @ visual.proj).float(), dim=-1)  # B D
     f = (visual.ln_post(x[:, 1:]) @ visual.proj).float()                # B hw D; normalized in fp32
-    return F.normalize(f, dim=-1).mT.unflatten(-1, grid)                                # B D h w
+    return F.normalize(f, dim=-1).mT.unflatten(-1, grid)                    # B D h w
 
 
 def templates():
@@ -320,11 +302,9 @@ def text_features(clip, tokenizer, names):
 # ===================================================================================== 3 the method
 
 def multi_label(s, t, top_k):
-    """The hypothesis y: B×C bool, y_c = [s_c ≥ t] (Sec. 3.4); where no class reaches t, the top K.
-    s: B×C.
-    """
+    """The hypothesis y: B×C bool of scores s: B×C, y_c = [s_c ≥ t]; where none is, the top K."""
     top = F.one_hot(s.topk(min(top_k, s.size(1)), dim=1).indices, s.size(1)).amax(1).bool()
-    return torch.where((s >= t).any(1, keepdim=True), s >= t, top)                  # B C
+    return torch.where((s >= t).any(1, keepdim=True), s >= t, top)          # B C
 
 
 @torch.no_grad()
@@ -340,7 +320,7 @@ def hypothesize(segmenter, images):
     images, side = images.to(segmenter.device), clip.visual.image_size[0]
 
     def scores(x):
-        return segmenter.encode(clip, x, "stock") @ T.T                                 # B C
+        return segmenter.encode(clip, x, "stock") @ T.T                     # B C
 
     if cfg.hypothesis == "windows":
         x = resize_to_fit(images, cfg.size)
@@ -349,33 +329,30 @@ def hypothesize(segmenter, images):
         tiles = [x[..., i:i + cfg.tile, j:j + cfg.tile] for i in tops for j in lefts]
         best = [scores(v2.functional.resize(tile, [side, side])).argmax(1) for tile in tiles]
         return torch.stack([F.one_hot(c, len(T)) for c in best]).amax(0).bool()
-    if max(images.shape[-2:]) > 8 * min(images.shape[-2:]):                        # cost is bounded
+    if max(images.shape[-2:]) > 8 * min(images.shape[-2:]):                 # cost is bounded
         images = v2.functional.center_crop(images, [8 * min(images.shape[-2:])] * 2)
-    x = resize_to_fit(images, (10 ** 6, side), v2.InterpolationMode.BICUBIC)        # as CLIP's own
+    x = resize_to_fit(images, (10 ** 6, side), v2.InterpolationMode.BICUBIC)  # as CLIP's own
     s = scores(x if cfg.view == "whole" else v2.functional.center_crop(x, side))
     s = (segmenter.scale * s).softmax(1) if cfg.hypothesis == "softmax" else s
     return multi_label(s, cfg.t, cfg.top_k)
 
 
 def reference_features(clip, V, tokens):
-    """The Reference features before `set_norm`: C×D, the prompt [SOS][v1..vL][name][EOT] through
-    CLIP's text encoder.
+    """The prompt [SOS][v1..vL][name][EOT] of each class through CLIP's text encoder: C×D.
 
     V: L×d, learnable tokens shared by all classes, or C×L×d. tokens: C×n, the names and EOT.
     Differentiable in V.
     """
     text = clip.text
-    x, place, mask = pack_prompts(text, V, tokens)                             # prompts S d, S, S S
+    x, place, mask = pack_prompts(text, V, tokens)                          # prompts S d, S, S S
     x = text.ln_final(text.transformer(x + text.positional_embedding[place], attn_mask=mask))
     x = x[:, 1 + V.size(-2):].reshape(*tokens.shape, -1)                    # C n d, the names alone
     x = x[torch.arange(len(x)), tokens.argmax(1)]                   # C d, at EOT: the largest token
-    return x @ text.text_projection                                                 # C D
+    return x @ text.text_projection                                         # C D
 
 
 def set_norm(R, norm):
-    """R: C×D with unit Frobenius norm (the authors' code; a row's length falls as 1/√C) or with
-    unit rows.
-    """
+    """R: C×D with unit Frobenius norm (authors' code; rows shrink as 1/√C) or with unit rows."""
     return R / R.norm() if norm == "frobenius" else F.normalize(R, dim=1)
 
 
@@ -385,8 +362,7 @@ def similarity(f, T):
 
 
 class ReCLIP(nn.Module):
-    """Rectified logits f·Tᵀ − B with B = f·Rᵀ + P, the class- and the space-preference bias (CVPR
-    2024).
+    """Rectified logits f·Tᵀ − B, with B = f·Rᵀ + P: class- and space-preference bias (CVPR 2024).
 
     P = g(PE): C×h×w. forward(f: B×D×h×w, T: C×D, R: C×D, PE: 1×d×h×w) -> B×C×h×w.
     """
@@ -404,8 +380,8 @@ class ReCLIP(nn.Module):
             nn.init.constant_(self.g[7].weight, 0.01)
 
     def forward(self, f, T, R, PE):
-        P = self.g(PE)[0] if self.space else 0                                          # C h w
-        B = similarity(f, R) + P                                                        # B C h w
+        P = self.g(PE)[0] if self.space else 0                              # C h w
+        B = similarity(f, R) + P                                            # B C h w
         return similarity(f, T) - B
 
 
@@ -422,36 +398,33 @@ class ReCLIPpp(nn.Module):
         self.decoder = nn.Sequential(
             nn.Conv2d(D + C, C, 5, padding=2, bias=False), nn.BatchNorm2d(C))
         nn.init.kaiming_normal_(self.decoder[0].weight, mode="fan_out")
-        if start == "ours":                             # P = 0: f·T decides
+        if start == "ours":                                                 # P = 0: f·T decides
             nn.init.zeros_(self.g.weight)
             nn.init.zeros_(self.g.bias)
 
     def forward(self, f, T, R, PE):
-        P = self.g(PE)[0]                                                               # D h w
-        B = torch.einsum("dhw,cd->chw", P, R) if self.space else 0                      # C h w
+        P = self.g(PE)[0]                                                   # D h w
+        B = torch.einsum("dhw,cd->chw", P, R) if self.space else 0          # C h w
         return self.decoder(torch.cat([f, similarity(f, T) - B], dim=1))
 
 
 def gumbel_mask(logits, alpha):
-    """M = GumbelSoftmax(alpha · logits, τ = 1, hard): B×C×h×w, one-hot over the classes at every
-    patch, differentiable.
-    """
+    """M = GumbelSoftmax(alpha · logits, τ = 1, hard): B×C×h×w, one-hot over C, differentiable."""
     return F.gumbel_softmax(alpha * logits, tau=1, hard=True, dim=1)
 
 
 def contrastive_loss(M, f, T, y, scale, valid, pool):
-    """CE(scale · z_c·Tᵀ, c) with z_c = pool(M_c ⊙ f), averaged over the classes of y, then over the
-    batch.
+    """CE(scale · z_c·Tᵀ, c), z_c = pool(M_c ⊙ f), averaged over the classes of y and the batch.
 
     M: B×C×h×w masks. f: B×D×h×w. T: C×D. y: B×C bool. scale: CLIP's exp(logit_scale). valid: B×h×w
     bool, false where the crop is padding. pool: "grid" divides by the number of valid patches,
     "mask" by the mask's area.
     """
     M = M * valid[:, None]
-    z = torch.einsum("bchw,bdhw->bcd", M, f)                                            # B C D
+    z = torch.einsum("bchw,bdhw->bcd", M, f)                                # B C D
     grid, mask = valid.sum((1, 2)).view(-1, 1, 1), M.sum((2, 3))[..., None].clamp(min=1)
-    logits = scale * (z / (mask if pool == "mask" else grid)) @ T.T                     # B C C
-    own = -logits.log_softmax(-1).diagonal(dim1=1, dim2=2)                              # B C
+    logits = scale * (z / (mask if pool == "mask" else grid)) @ T.T         # B C C
+    own = -logits.log_softmax(-1).diagonal(dim1=1, dim2=2)                  # B C
     return ((own * y).sum(1) / y.sum(1).clamp(min=1)).mean()
 
 
@@ -467,14 +440,14 @@ class Segmenter(nn.Module):
         super().__init__()
         self.cfg, self.names, self.background, self.device = cfg, names, [*background], device
         self.clip, self.tokenizer = load_clip(cfg, device)
-        self.frozen = copy.deepcopy(self.clip) if cfg.finetune else self.clip           # MaskCLIP's
+        self.frozen = copy.deepcopy(self.clip) if cfg.finetune else self.clip  # MaskCLIP's
         queries = [*names, *background]
         self.tokens, L = name_tokens(self.clip, self.tokenizer, [q.split(", ")[0] for q in queries])
         self.T = text_features(self.clip, self.tokenizer, queries) if T is None else T.to(device)
         self.scale = self.clip.logit_scale.exp().item()
         self.rectifier = None
         if cfg.method != "maskclip":
-            words = self.clip.text.token_embedding.weight                               # 49408 d
+            words = self.clip.text.token_embedding.weight                   # 49408 d
             V = 0.02 * torch.randn(*[len(queries)] * (cfg.prompt == "per-class"), L, words.size(1))
             if cfg.start == "authors":
                 V[:] = words[0]
@@ -499,9 +472,7 @@ class Segmenter(nn.Module):
         return clip, text_features(clip, tokenizer, [*self.names, *self.background])
 
     def encode(self, clip, images, attention):
-        """encode_image of uint8 images B×3×H×W, on the device and in the precision that the
-        configuration asks for.
-        """
+        """encode_image of uint8 images B×3×H×W, on the device and in the precision of the run."""
         with in_bf16(self.device, self.cfg.precision):
             return encode_image(clip, normalize(clip, images.to(self.device)), attention)
 
@@ -524,20 +495,8 @@ class Segmenter(nn.Module):
 
 # ======================================================================================= 4 training
 
-class PhotometricDistort(v2.RandomPhotometricDistort):
-    """torchvision's, but channels change places without an index from the host, for which a GPU
-    would wait.
-    """
-
-    def transform(self, image, params):
-        image = super().transform(image, params | {"channel_permutation": None})
-        order = params["channel_permutation"]
-        return image if order is None else torch.stack([image[c] for c in order.tolist()])
-
-
 def augment(image, cfg):
-    """A random view of an image 3×H×W: resized, flipped, colours distorted, cropped; a small one is
-    padded bottom right.
+    """A random view of an image 3×H×W: resized, flipped, colours distorted, cropped and padded.
 
     Returns (3×crop×crop uint8, the (height, width) in it that is not padding). The authors redraw a
     crop until no ground-truth class fills three quarters of it; ours never asks.
@@ -566,7 +525,7 @@ def training_data(segmenter, samples):
     cfg, device = segmenter.cfg, segmenter.device
     numbers, samples = range(RANK, len(samples), WORLD), samples[RANK::WORLD]
     K, N = cfg.views, len(samples)
-    first = torch.arange(0, cfg.crop, segmenter.clip.visual.patch_size[0])    # pixel of every patch
+    first = torch.arange(0, cfg.crop, segmenter.clip.visual.patch_size[0])  # pixel of every patch
     h = len(first)
     shape = (3, cfg.crop, cfg.crop) if cfg.finetune else (segmenter.T.size(1), h, h)
     x = allocate((K, N, *shape), torch.uint8 if cfg.finetune else torch.half, device, Path(cfg.out))
@@ -582,7 +541,7 @@ def training_data(segmenter, samples):
         rows = slice(start, start + len(group))
         for k in range(K):
             crops, extents = zip(*(view(image, n, k) for image, n in zip(group, numbers[rows])))
-            height, width = torch.tensor(extents).T[..., None]                          # B 1, B 1
+            height, width = torch.tensor(extents).T[..., None]              # B 1, B 1
             valid[k, rows] = (first < height)[:, :, None] & (first < width)[:, None]
             crops = torch.stack(crops)
             x[k, rows] = crops if cfg.finetune else segmenter.features(crops).half()
@@ -590,9 +549,7 @@ def training_data(segmenter, samples):
 
 
 def make_optimizer(segmenter):
-    """(optimizer, its poly schedule per epoch): one learning rate for the prompt, one for the
-    convolutions.
-    """
+    """(optimizer, its poly schedule): a learning rate for the prompt and one for convolutions."""
     cfg, rectifier = segmenter.cfg, segmenter.rectifier
     convs = [p for p in rectifier.parameters() if p is not rectifier.V]
     groups = [{"params": [rectifier.V], "lr": cfg.lr}, {"params": convs, "lr": cfg.lr_conv}]
@@ -607,19 +564,17 @@ def make_optimizer(segmenter):
 
 
 def agreement(masks):
-    """How often two images have the same class at the same patch, from 1/C to 1: at 1 the masks
-    ignore the images.
+    """How often two images have the same class at the same patch; at 1 masks ignore the images.
 
-    masks: C×h×w, the masks M of all images, summed.
+    masks: C×h×w, the masks M of all images, summed. Returns a number from 1/C to 1.
     """
-    count = masks.sum(0)                                                                # h w
-    same = (masks / count.clamp(min=1)).square().sum(0)                                 # h w
+    count = masks.sum(0)                                                    # h w
+    same = (masks / count.clamp(min=1)).square().sum(0)                     # h w
     return ((same * count).sum() / count.sum()).item()
 
 
 def train(segmenter, data, N, out, state=None):
-    """Learn the rectifier from hypotheses alone. Writes a line per epoch to out/log.jsonl, and a
-    checkpoint to resume from.
+    """Learn the rectifier from hypotheses alone; each epoch is logged, and saved for --resume.
 
     data: x, valid, y of `training_data`, computed from N images. An epoch goes through one view of
     every image. Of several processes each takes its own images out of every batch. state: the
@@ -635,15 +590,15 @@ def train(segmenter, data, N, out, state=None):
         k, losses, masks = epoch % cfg.views, 0, 0
         segmenter.rectifier.train()
         for i, size, weight in rank_batches(epoch_order(cfg.seed, epoch, N), cfg.batch, x.device):
-            present, inside = y[i].to(device), valid[k, i].to(device)               # B C, B h w
-            logits, f = model(x[k, i].to(device))                                 # B C h w, B D h w
-            M = gumbel_mask(logits, cfg.alpha)                                      # B C h w
+            present, inside = y[i].to(device), valid[k, i].to(device)       # B C, B h w
+            logits, f = model(x[k, i].to(device))                           # B C h w, B D h w
+            M = gumbel_mask(logits, cfg.alpha)                              # B C h w
             loss = contrastive_loss(M, f, segmenter.T, present, segmenter.scale, inside, cfg.pool)
             optimizer.zero_grad()
             (weight * loss).backward()
             optimizer.step()
             losses += weight * size / N * loss.detach()
-            masks += (M.detach() * inside[:, None]).sum(0)                              # C h w
+            masks += (M.detach() * inside[:, None]).sum(0)                  # C h w
             bar.update()
         finish_epoch(segmenter, optimizer, schedule, losses, masks, log, bar, out)
     bar.close()
@@ -654,41 +609,37 @@ def train(segmenter, data, N, out, state=None):
 # ===================================================================================== 5 prediction
 
 def denoise(logits, sharpness, least):
-    """Prompt denoising: a class whose best probability softmax(sharpness · logits) in an image is
-    below `least` leaves it.
+    """Prompt denoising: a class nowhere more probable than `least` in an image leaves it.
 
-    logits: B×C×h×w. Returns them with -1e4 for those classes, since -inf becomes NaN in
-    interpolation (0 · inf). Where no class is left all stay (in the authors' code argmax falls to
-    class 0).
+    logits: B×C×h×w, probabilities softmax(sharpness · logits). A class that leaves gets -1e4: -inf
+    would become NaN in interpolation (0 · inf). Where none is left all stay (authors: class 0).
     """
     if not least:
         return logits
-    gone = (sharpness * logits).softmax(1).amax((2, 3), keepdim=True) < least           # B C 1 1
+    gone = (sharpness * logits).softmax(1).amax((2, 3), keepdim=True) < least  # B C 1 1
     return logits.masked_fill(gone & ~gone.all(1, keepdim=True), -1e4)
 
 
 def upsample(logits, patch, resized, original):
-    """Grid logits B×C×h×w to the resized image's size (padding cut off), then to the original's:
-    bilinear, twice.
-    """
+    """Grid logits B×C×h×w, bilinear to the resized image (padding cut off), then the original."""
     h, w = logits.shape[-2:]
     logits = F.interpolate(logits, (h * patch, w * patch), mode="bilinear")
     return F.interpolate(logits[..., :resized[0], :resized[1]], original, mode="bilinear")
 
 
 def decide(logits, patch, resized, original, classes, sharpness=1.0, threshold=0.0):
-    """The mask B×H×W uint8 of grid logits B×Q×h×w: at every pixel the best of Q queries. It is
-    `classes`, the background, where the best is a background word (from `classes` on) or its
-    probability softmax(sharpness · logits) is below the threshold.
+    """The mask B×H×W uint8 of grid logits B×Q×h×w: the best query of every pixel.
 
+    It is `classes`, the background, where the best is a background word (from `classes` on) or its
+    probability softmax(sharpness · logits) is below the threshold.
     Memory is bounded: a few queries at a time, and LARGEST_MASK pixels at most; a larger mask is
     enlarged by nearest neighbour.
     """
     shrink = min(1, (LARGEST_MASK / math.prod(original)) ** 0.5)
     size = [max(1, round(shrink * n)) for n in original]
-    most = max(1, 8 * LARGEST_MASK // (len(logits) * math.prod(size)))           # queries at a time
+    most = max(1, 8 * LARGEST_MASK // (len(logits) * math.prod(size)))      # queries at a time
     best, mask, total = (torch.full((len(logits), *size), v, device=logits.device)
-                         for v in (-torch.inf, 0, -torch.inf))                      # B H W each
+                         for v in (-torch.inf, 0, -torch.inf))              # B H W each
     for first in range(0, logits.size(1), most):
         full = upsample(logits[:, first:first + most], patch, resized, size)
         value, index = full.max(1)
@@ -704,9 +655,7 @@ def decide(logits, patch, resized, original, classes, sharpness=1.0, threshold=0
 
 @torch.no_grad()
 def predictor(segmenter):
-    """The function from uint8 images B×3×H×W to masks: {"maskclip": B×H×W, and the method's own}. R
-    is computed once.
-    """
+    """The function from uint8 images B×3×H×W to masks {"maskclip": B×H×W, and the method's own}."""
     cfg, patch = segmenter.cfg, segmenter.clip.visual.patch_size[0]
     R = segmenter.reference() if segmenter.rectifier else None
 
@@ -728,56 +677,6 @@ def predictor(segmenter):
     return predict
 
 
-def slide(dense, x, patch, cfg):
-    """{method: logits B×C×H×W} of images x: B×3×H×W: the mean over the windows that see a pixel.
-
-    dense: from a window to its {method: logits on the grid}. This is the protocol of SCLIP,
-    ClearCLIP and NACLIP (window 224, stride 112, short side 336).
-    """
-    side, stride = cfg.window, cfg.stride or max(1, cfg.window // 2)
-    tops, lefts = ([*range(0, max(n - side, 0), stride), max(n - side, 0)] for n in x.shape[-2:])
-    total, count = {}, 0
-    for i, j in itertools.product(tops, lefts):
-        window = x[..., i:i + side, j:j + side]
-        place = j, x.size(-1) - j - window.size(-1), i, x.size(-2) - i - window.size(-2)
-        for name, logits in dense(window).items():
-            pixels = upsample(logits, patch, window.shape[-2:], window.shape[-2:])
-            total[name] = total.get(name, 0) + F.pad(pixels, place)
-        count = count + F.pad(torch.ones(window.shape[-2:], device=x.device), place)
-    return {name: sum_ / count for name, sum_ in total.items()}
-
-
-@torch.no_grad()
-def rectify_words(segmenter, words):
-    """(T, the function from dense features f: B×D×h×w to rectified logits B×Q×h×w) of any Q words.
-
-    Words that are not classes of the training get a Reference from the learned prompt (the mean
-    prompt, where each class has one). ReCLIP's P and ReCLIP++'s decoder have one output per class
-    of the training and are left out for them.
-    """
-    clip, rectifier = segmenter.clip, segmenter.rectifier
-    trained = [*segmenter.names, *segmenter.background]
-    if not rectifier:                                   # nothing was trained: MaskCLIP's
-        return segmenter.T, lambda f: similarity(f, segmenter.T)
-    if set(words) <= set(trained):
-        R, chosen = segmenter.reference(), [trained.index(word) for word in words]
-        return segmenter.T[chosen], lambda f: segmenter.rectified(f, R)[:, chosen]
-    new = [word for word in words if word not in trained]
-    print(f"{', '.join(new)}: not among the {len(trained)} classes of the training; the Reference "
-          "prompt alone rectifies")
-    T = text_features(clip, segmenter.tokenizer, words)
-    tokens, L = name_tokens(clip, segmenter.tokenizer, [word.split(", ")[0] for word in words])
-    V = rectifier.V if segmenter.cfg.prompt == "shared" else rectifier.V.mean(0)
-    R = F.normalize(reference_features(clip, V[:L], tokens), dim=1)
-    R = R / len(trained) ** 0.5 if segmenter.cfg.norm == "frobenius" else R     # as long as trained
-    if segmenter.cfg.method == "reclip":
-        return T, lambda f: similarity(f, T) - similarity(f, R)
-    if segmenter.cfg.space == "off":
-        return T, lambda f: similarity(f, T)
-    PE = lambda f: positional_embedding(clip, tuple(f.shape[-2:]))
-    return T, lambda f: similarity(f, T) - torch.einsum("dhw,cd->chw", rectifier.g(PE(f))[0], R)
-
-
 # ==================================================================================================
 # The method ends here. Everything below serves it.
 # ==================================================================================================
@@ -793,9 +692,7 @@ def confusion(label, prediction, classes):
 
 
 def iou(matrix):
-    """IoU in percent of each class, C; NaN for a class that neither the truth nor the prediction
-    has.
-    """
+    """IoU in percent of each class, C; NaN for one that neither truth nor prediction has."""
     hit = matrix.diagonal().double()
     return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)
 
@@ -805,8 +702,8 @@ class Found(NamedTuple):
     Fig. 1(a) and 5.
     """
     distance: float                                    # of its centroid from the image's centre, px
-    iou: float                                          # percent
-    label: int                                          # its class
+    iou: float                                                              # percent
+    label: int                                                              # its class
     sample: "Sample"
 
 
@@ -944,7 +841,7 @@ DATASETS = {
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 VOID = 255
 SLOWEST = 1000                                          # bytes a second; a slower download gives up
-LARGEST_MASK = 2 ** 23                                  # pixels at which a mask is decided
+LARGEST_MASK = 2 ** 23                                           # pixels at which a mask is decided
 LONGEST = 4096                                        # px; training sees larger images at this size
 LARGEST_BATCH = 2 ** 22                # pixels evaluated at once: 1.7 GB of logits with 100 classes
 
@@ -976,7 +873,7 @@ def download(url, md5, path):
             raise OSError("another file is there")
         try:
             with urlopen(request, timeout=60) as reply:
-                have = have if reply.status == 206 else 0   # a server that ignores Range sends all
+                have = have if reply.status == 206 else 0    # a server that ignores Range sends all
                 total, started = have + int(reply.headers["Content-Length"]), time.time()
                 bar = tqdm(total=total, initial=have, desc=path.name, unit="B", unit_scale=True,
                            leave=False)
@@ -996,7 +893,7 @@ def download(url, md5, path):
             part.unlink()
             raise OSError("what came is not the published file")
         part.rename(path)
-    except (OSError, HTTPException, TypeError, ValueError) as error:    # the last two: odd headers
+    except (OSError, HTTPException, TypeError, ValueError) as error:     # the last two: odd headers
         raise UserError(f"{path}: not downloaded ({error}); fetch {url} yourself (md5 {md5}) "
                         "and put it there")
 
@@ -1039,7 +936,7 @@ def decode_rle(counts, size):
             bits = ord(character) - 48
             value, shift = value | (bits & 31) << shift, shift + 5
             if not bits & 32:                                       # the last character of a number
-                value -= (bits & 16) << (shift - 4)                 # its highest bit is the sign
+                value -= (bits & 16) << (shift - 4)                    # its highest bit is the sign
                 runs.append(value + (runs[-2] if len(runs) > 2 else 0))
                 value = shift = 0
         counts = runs
@@ -1096,7 +993,7 @@ def dataset_folder(cfg):
     if folder.is_dir() and (context.is_dir() or not files[1:]):
         return folder
     root.mkdir(parents=True, exist_ok=True)
-    with locked(root / f".{cfg.dataset}.lock", wait=True):              # two first runs at once
+    with locked(root / f".{cfg.dataset}.lock", wait=True):                  # two first runs at once
         fetch_dataset(files, root, target, folder, context)
     return folder
 
@@ -1137,7 +1034,7 @@ def name_lines(cfg):
                         "line, or words and commas")
     lines = read_text(cfg.names).splitlines() if is_file else cfg.names.split(",")
     lines = [", ".join(w.strip() for w in line.split(",") if w.strip()) for line in lines]
-    return [line for line in lines if line not in ("", "__ignore__", "_background_")]   # labelme's
+    return [line for line in lines if line not in ("", "__ignore__", "_background_")]  # labelme's
 
 
 def class_names(cfg):
@@ -1265,10 +1162,12 @@ def opened(path, what):
     megapixels: Pillow's limit, beyond which a small file may fill the memory.
     """
     try:
-        if not Path(path).is_file():                    # a pipe would be waited for
+        if not Path(path).is_file():                                    # a pipe would be waited for
             raise UserError(f"{path}: no such file")
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # from 89 on
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from 89 on
+            image = Image.open(path)
+        with image:
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable {what} ({error}); replace or remove it")
@@ -1304,7 +1203,7 @@ def load_image(path):
     """
     with opened(path, "image") as image:
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):                  # 16-bit greys, which convert("RGB") clips
+        if image.mode.startswith("I"):                    # 16-bit greys, which convert("RGB") clips
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
@@ -1329,7 +1228,7 @@ def load_label(path, size, classes, base=1, background=VOID):
     if wrong.size:
         raise UserError(f"{path}: the mask holds {wrong[0]}, with {classes} classes (0 is "
                         "background, 255 void)")
-    values = np.arange(256, dtype=np.uint8) - base                      # of 0 and 255: see below
+    values = np.arange(256, dtype=np.uint8) - base                         # of 0 and 255: see below
     values[VOID] = VOID
     if base:
         values[0] = background
@@ -1411,6 +1310,17 @@ def hypotheses(segmenter, samples):
     return torch.stack([found[sample.image] for sample in samples])   # an image may be listed twice
 
 
+class PhotometricDistort(v2.RandomPhotometricDistort):
+    """torchvision's, but channels change places without an index from the host, for which a GPU
+    would wait.
+    """
+
+    def transform(self, image, params):
+        image = super().transform(image, params | {"channel_permutation": None})
+        order = params["channel_permutation"]
+        return image if order is None else torch.stack([image[c] for c in order.tolist()])
+
+
 # ======================================================================================== 8 figures
 
 TITLES = {"maskclip": "MaskCLIP", "reclip": "ReCLIP", "reclip++": "ReCLIP++",
@@ -1440,7 +1350,7 @@ def paint(mask, names, image=None, pale=None):
     """
     colours = torch.full((VOID + 1, 3), 255.0)
     colours[:len(names)] = torch.tensor([colour(c, names) for c in range(len(names))]).float()
-    painted = colours[mask.long()]                                                      # H W 3
+    painted = colours[mask.long()]                                          # H W 3
     if image is not None:
         painted = 0.65 * painted + 0.35 * image.permute(1, 2, 0)
     if pale is not None:
@@ -1531,7 +1441,7 @@ def figure1a(found, ring):
     """
     from matplotlib.figure import Figure
     distances = np.array([thing.distance for thing in found["maskclip"]])
-    ring *= max(1, math.ceil(distances.max() / ring / 8))                      # eight rings at most
+    ring *= max(1, math.ceil(distances.max() / ring / 8))                   # eight rings at most
     rings, counts = np.unique(distances // ring, return_counts=True)
     figure = Figure((8, 4.6), layout="constrained")
     axis = figure.subplots()
@@ -1574,15 +1484,15 @@ def load_clip(cfg, device):
         name = f"{scheme}:{HERE / folder}"
     if scheme != "local-dir" and cfg.pretrained and not Path(cfg.pretrained).is_file():
         print(f"loading CLIP {name} {cfg.pretrained}; the first time it is downloaded", flush=True)
-    logging.disable(logging.ERROR)                      # open_clip tells every step of its loading
+    logging.disable(logging.ERROR)                       # open_clip tells every step of its loading
     try:
         with warnings.catch_warnings():
             meant = "ignore" if cfg.recipe else "default"
             warnings.filterwarnings(meant, "QuickGELU mismatch")
-            check_towers(open_clip.get_model_config(name) or {})               # {}: an unknown name
+            check_towers(open_clip.get_model_config(name) or {})            # {}: an unknown name
             clip = open_clip.create_model(
                 name, cfg.pretrained or None, device=device, require_pretrained=bool(scheme),
-                force_custom_text=True)                 # so that clip.text always exists
+                force_custom_text=True)                            # so that clip.text always exists
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:      # open_clip, torch and safetensors have no error class in common
         why = (str(error) or repr(error)).splitlines()[0][:200]
@@ -1596,7 +1506,7 @@ def load_clip(cfg, device):
     imagenet = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     values = imagenet if cfg.normalization == "imagenet" else clip.visual.preprocess_cfg
     for name in imagenet:
-        value = torch.tensor(values[name], device=device)[:, None, None]                # 3 1 1
+        value = torch.tensor(values[name], device=device)[:, None, None]    # 3 1 1
         clip.register_buffer(name, value, persistent=False)
     return clip.eval().requires_grad_(False), tokenizer
 
@@ -1625,9 +1535,9 @@ def name_tokens(clip, tokenizer, names):
 
     Raises UserError for a name that leaves no room for a prompt.
     """
-    tokens = tokenizer(names)[:, 1:]                                                    # drop SOS
+    tokens = tokenizer(names)[:, 1:]                                        # drop SOS
     context = clip.text.positional_embedding.size(0)
-    lengths = tokens.argmax(1) + 1                                              # EOT is the largest
+    lengths = tokens.argmax(1) + 1                                          # EOT is the largest
     longest = int(lengths.max())
     if longest + 1 >= context:          # the tokenizer has cut it, and no learnable token would fit
         name = names[int(lengths.argmax())]
@@ -1662,7 +1572,7 @@ def pack_prompts(text, V, tokens):
     x = torch.cat([sos, V.view(prompts, L, -1), names], dim=1)              # prompts 1+L+behind·n d
     place = torch.cat([arange(1 + L), (1 + L + arange(n)).repeat(behind)])
     name = torch.cat([torch.full((1 + L,), -1, device=device), arange(behind).repeat_interleave(n)])
-    sees = (place <= place[:, None]) & ((name == -1) | (name == name[:, None]))    # row sees column
+    sees = (place <= place[:, None]) & ((name == -1) | (name == name[:, None]))  # row sees column
     return x, place, torch.zeros(sees.shape, device=device).masked_fill(~sees, -torch.inf)
 
 
@@ -1781,7 +1691,7 @@ def load_checkpoint(path, part="rectifier"):
         raise UserError(f"{path}: no such checkpoint; make it with `python {maker}`")
     try:
         with open(path, "rb") as file:
-            damaged = zipfile.ZipFile(file).testzip()   # compares the checksum of every member
+            damaged = zipfile.ZipFile(file).testzip()        # compares the checksum of every member
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
         weights = [state["T"] if part == "rectifier" else state[part]["T"], *state[part].values()]
@@ -1894,7 +1804,7 @@ def wrap_ddp(module, **options):
     """
     if WORLD == 1:
         return module
-    gpu = next(module.parameters()).get_device()        # -1 on the CPU
+    gpu = next(module.parameters()).get_device()                            # -1 on the CPU
     return nn.parallel.DistributedDataParallel(module, [gpu] if gpu >= 0 else None, **options)
 
 
@@ -1934,7 +1844,7 @@ def allocate(shape, dtype, device, out):
     no room at all.
     """
     size = math.prod(shape)
-    need = size * dtype.itemsize / 1e9                                                  # GB
+    need = size * dtype.itemsize / 1e9                                      # GB
     if device.type == "cuda" and need <= 0.7 * torch.cuda.mem_get_info(device)[0] / 1e9:
         print(f"features: {need:.3g} GB in the GPU's memory")
         return torch.empty(shape, dtype=dtype, device=device)
@@ -1962,6 +1872,27 @@ def ram():
 def flag(name):
     """The command line's spelling of a field of Config."""
     return "--" + name.replace("_", "-")
+
+
+def refuse_nonsense(cfg):
+    """Raise UserError for values that make no sense, alone or together."""
+    for bad, message in [
+            (not -1 < cfg.t < 1, f"--t {cfg.t}: a cosine's threshold lies in (-1, 1)"),
+            (min(cfg.epochs, cfg.batch, cfg.views, cfg.top_k, cfg.crop, cfg.tile, *cfg.size) < 1,
+             "--epochs, --batch, --views, --top-k, --crop, --tile and --size start at 1"),
+            (not (0 < cfg.lr < 1e6 and 0 < cfg.lr_conv < 1e6 and 0 < cfg.alpha < math.inf),
+             "--lr, --lr-conv and --alpha must be positive, and the rates below a million"),
+            (not 0 <= cfg.seed < 2 ** 32, f"--seed {cfg.seed}: from 0 to 2^32 - 1"),
+            (not 0 <= cfg.threshold < 1, f"--threshold {cfg.threshold}: a probability, from 0 on"),
+            (min(cfg.window, cfg.stride) < 0, "--window and --stride: px, or 0"),
+            (cfg.recipe and cfg.dataset == "emoji", "--recipe 2024 is not for Emoji VOC"),
+            (cfg.recipe and cfg.clip != REGIME_2024["clip"],
+             f"--clip {cfg.clip}: --recipe 2024 means {REGIME_2024['clip']}; leave out --clip"),
+            (":" not in cfg.clip and not cfg.pretrained,
+             f"--clip {cfg.clip} needs --pretrained: open_clip's tag, or a file"),
+            (cfg.data and not cfg.names, "--data needs --names: a file, one class name a line")]:
+        if bad:
+            raise UserError(message)
 
 
 def check_trained(config, trained, typed):
@@ -2117,6 +2048,56 @@ def describe(segmenter, samples, seconds):
         print(f"  {name:<20}{value:>7.1%}")
 
 
+def slide(dense, x, patch, cfg):
+    """{method: logits B×C×H×W} of images x: B×3×H×W: the mean over the windows that see a pixel.
+
+    dense: from a window to its {method: logits on the grid}. This is the protocol of SCLIP,
+    ClearCLIP and NACLIP (window 224, stride 112, short side 336).
+    """
+    side, stride = cfg.window, cfg.stride or max(1, cfg.window // 2)
+    tops, lefts = ([*range(0, max(n - side, 0), stride), max(n - side, 0)] for n in x.shape[-2:])
+    total, count = {}, 0
+    for i, j in itertools.product(tops, lefts):
+        window = x[..., i:i + side, j:j + side]
+        place = j, x.size(-1) - j - window.size(-1), i, x.size(-2) - i - window.size(-2)
+        for name, logits in dense(window).items():
+            pixels = upsample(logits, patch, window.shape[-2:], window.shape[-2:])
+            total[name] = total.get(name, 0) + F.pad(pixels, place)
+        count = count + F.pad(torch.ones(window.shape[-2:], device=x.device), place)
+    return {name: sum_ / count for name, sum_ in total.items()}
+
+
+@torch.no_grad()
+def rectify_words(segmenter, words):
+    """(T, the function from dense features f: B×D×h×w to rectified logits B×Q×h×w) of any Q words.
+
+    Words that are not classes of the training get a Reference from the learned prompt (the mean
+    prompt, where each class has one). ReCLIP's P and ReCLIP++'s decoder have one output per class
+    of the training and are left out for them.
+    """
+    clip, rectifier = segmenter.clip, segmenter.rectifier
+    trained = [*segmenter.names, *segmenter.background]
+    if not rectifier:                                              # nothing was trained: MaskCLIP's
+        return segmenter.T, lambda f: similarity(f, segmenter.T)
+    if set(words) <= set(trained):
+        R, chosen = segmenter.reference(), [trained.index(word) for word in words]
+        return segmenter.T[chosen], lambda f: segmenter.rectified(f, R)[:, chosen]
+    new = [word for word in words if word not in trained]
+    print(f"{', '.join(new)}: not among the {len(trained)} classes of the training; the Reference "
+          "prompt alone rectifies")
+    T = text_features(clip, segmenter.tokenizer, words)
+    tokens, L = name_tokens(clip, segmenter.tokenizer, [word.split(", ")[0] for word in words])
+    V = rectifier.V if segmenter.cfg.prompt == "shared" else rectifier.V.mean(0)
+    R = F.normalize(reference_features(clip, V[:L], tokens), dim=1)
+    R = R / len(trained) ** 0.5 if segmenter.cfg.norm == "frobenius" else R  # as long as trained
+    if segmenter.cfg.method == "reclip":
+        return T, lambda f: similarity(f, T) - similarity(f, R)
+    if segmenter.cfg.space == "off":
+        return T, lambda f: similarity(f, T)
+    PE = lambda f: positional_embedding(clip, tuple(f.shape[-2:]))
+    return T, lambda f: similarity(f, T) - torch.einsum("dhw,cd->chw", rectifier.g(PE(f))[0], R)
+
+
 @torch.no_grad()
 def segment(typed):
     """--image: for an image, or each in a folder, the mask (a palette PNG with VOC's values) and an
@@ -2161,7 +2142,7 @@ def segment(typed):
 
 def write_mask(mask, C, path):
     """A mask H×W as VOC stores it: a palette PNG, class c as c + 1, the background (C) as 0."""
-    png = Image.fromarray(((mask.int() + 1) % (C + 1)).byte().numpy())
+    png = Image.fromarray(((mask + 1) % (C + 1)).numpy())
     png.putpalette(palette())
     with whole_file(path) as temporary:
         png.save(temporary, "PNG")
@@ -2188,7 +2169,7 @@ def main(argv=None):
     device, out = pick_device(cfg), Path(cfg.out)
     torch.manual_seed(cfg.seed)
     with output_folder(out):
-        with rank_zero_first():                         # what is downloaded is downloaded here
+        with rank_zero_first():                              # what is downloaded is downloaded here
             folder = dataset_folder(cfg)
             samples, val = splits(folder)
             check_labels(val, names, cfg)
@@ -2217,23 +2198,23 @@ def run(main):
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)
 
-    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):           # Windows has no SIGHUP
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):                   # Windows has no SIGHUP
         signal.signal(getattr(signal, name), interrupt)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):                          # a terminal may be ASCII
+        if hasattr(stream, "reconfigure"):                                 # a terminal may be ASCII
             stream.reconfigure(errors="backslashreplace")
     try:
         if WORLD > 1:
             sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            patience = timedelta(days=1)                # the others wait for a download
+            patience = timedelta(days=1)                            # the others wait for a download
             distributed.init_process_group(backend, timeout=patience)
         main()
         if WORLD > 1:
-            distributed.barrier()                       # rank 0 measures while the others wait
+            distributed.barrier()                            # rank 0 measures while the others wait
             distributed.destroy_process_group()
         return sys.stdout.flush()
-    except BrokenPipeError:                             # of `| head`
+    except BrokenPipeError:                                                 # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         message, code = "", 141
     except KeyboardInterrupt as error:
@@ -2245,9 +2226,9 @@ def run(main):
             raise
         message, code = (f"error: {printable(mend)}", 2) if mend else (traceback.format_exc(), 1)
     if message and sys.stderr:
-        print(message, file=sys.stderr, flush=True)     # out here open progress bars are gone
+        print(message, file=sys.stderr, flush=True)           # out here open progress bars are gone
     if WORLD > 1:
-        os._exit(code)                                  # the others may wait for this process
+        os._exit(code)                                        # the others may wait for this process
     sys.exit(code)
 
 
