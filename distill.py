@@ -77,6 +77,7 @@ class Config:
     rates: tuple[int, int, int, int] = option("dilations of ASPP")
     size: tuple[int, int] = option("longest and shortest side of an image at most, px")
     jitter: tuple[float, float] = option("range of the random factor on that size in training")
+    label_base: int = option("value of the first class in label PNGs", [0, 1], free=True)
     stretch: float = option("largest random change of an image's shape; export.py shows squares")
     crop: int = option("side of a training crop, px")
     targets: str = option("the teacher sees every crop, or every image once", ["crop", "once"])
@@ -108,7 +109,7 @@ def configure(teacher, trained=None, **typed):
     then takes the recipe's place. Raises UserError.
     """
     if trained is None:
-        shared = ("size", "crop", "jitter", "batch", "dataset")
+        shared = ("size", "crop", "jitter", "batch", "dataset", "label_base")
         trained = {name: getattr(teacher, name) for name in shared} | {"teacher": teacher.method}
         trained |= RECIPES[teacher.dataset]
         if typed.get("backbone", trained["backbone"]) != trained["backbone"]:
@@ -476,7 +477,7 @@ def read_example(sample, i, cfg, classes):
     if cfg.teacher not in METHODS:
         mask = load_label(Path(cfg.teacher) / f"{sample.name}.png", image.shape[1:], classes)
     if cfg.ignore_gt_background:
-        truth = load_label(sample.label, image.shape[1:], classes)
+        truth = load_label(sample.label, image.shape[1:], classes, cfg.label_base)
     return i, resize_to_fit(image, cfg.size), mask, truth
 
 

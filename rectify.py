@@ -445,7 +445,7 @@ class Segmenter(nn.Module):
         self.tokens, L = name_tokens(self.clip, self.tokenizer, [q.split(", ")[0] for q in queries])
         self.T = text_features(self.clip, self.tokenizer, queries) if T is None else T.to(device)
         self.scale = self.clip.logit_scale.exp().item()
-        self.rectifier = None
+        self.rectifier, self.images = None, ""          # images: which it learns from, see `learn`
         if cfg.method != "maskclip":
             words = self.clip.text.token_embedding.weight                   # 49408 d
             V = 0.02 * torch.randn(*[len(queries)] * (cfg.prompt == "per-class"), L, words.size(1))
@@ -838,6 +838,7 @@ DATASETS = {
     "ade": ([("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
               "7328b3957e407ddae1d3cbf487f149ef")],
             "ADEChallengeData2016", ADE_NAMES)}
+MASK_ENDINGS = ("_mask", "_masks", "_label", "_labels", "_gt", "_seg", ".mask", ".overlay")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 VOID = 255
 SLOWEST = 1000                                          # bytes a second; a slower download gives up
@@ -1039,16 +1040,17 @@ def name_lines(cfg):
 
 def class_names(cfg):
     """The class names, each with its synonyms: "person, woman, man". Raises UserError."""
-    names = [line for line in name_lines(cfg) if not line.startswith("background:")]
-    names = names[1:] if cfg.background == "first" else names
-    twice = [name for name in names if names.count(name) > 1]
-    numbered = [name for name in names if name.split(", ")[0].isdigit()]
+    lines = name_lines(cfg)[1:] if cfg.background == "first" else name_lines(cfg)
+    names = [line for line in lines if not line.startswith("background:")]
+    titles = [name.split(", ")[0] for name in names]
+    twice = "".join([title for title in titles if titles.count(title) > 1][:1])
+    numbered = "".join([title for title in titles if title.isdigit()][:1])
     for bad, message in [
             (not names, "holds no class name"),
-            (twice, f"'{twice[:1]}' is named twice"),
-            (numbered, f"'{numbered[:1]}' begins with a number; write one class name a line"),
-            ("background" in names, "a class 'background': write 'background: sky, wall, ...', the "
-                                    "words that it stands for"),
+            (twice, f"'{twice}' is named twice"),
+            (numbered, f"a line begins with {numbered}; write one class name a line"),
+            ("background" in map(str.lower, titles), "a class 'background': write 'background: "
+             "sky, wall, ...', the words that it stands for"),
             (not all(map(str.isprintable, names)), "holds control characters"),
             (len(names) >= VOID, f"{len(names)} names; a mask of 8 bits holds {VOID - 1}")]:
         if bad:
@@ -1084,7 +1086,7 @@ def list_samples(folder, split):
             return []
         if not index.is_file():
             raise UserError(f"{index}: missing; write the {split} images' names there, one a line")
-        images = find_images(where)
+        images = find_images(where, say=split == "train")
         lines = [line for line in read_text(index).splitlines() if line.strip()]
         names = [listed_name(line, images) for line in lines]
         if not names:
@@ -1108,7 +1110,7 @@ def list_samples(folder, split):
     return samples
 
 
-def find_images(folder):
+def find_images(folder, say=True):
     """The images in a folder and below, {name: path}: the path without its suffix is the name.
 
     Hidden files and folders are nobody's images, and neither is a mask beside its image: x_mask.png
@@ -1116,13 +1118,15 @@ def find_images(folder):
     """
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not any(
         part.startswith(".") for part in p.relative_to(folder).parts)]
-    images = {p.relative_to(folder).with_suffix("").as_posix(): p for p in files
-              if p.suffix.lower() in SUFFIXES}
-    endings = ("_mask", "_masks", "_label", "_labels", "_gt", "_seg")
-    masks = [name for name in images
-             if name.lower().endswith(endings) and name.rpartition("_")[0] in images]
-    skipped = collections.Counter(p.suffix.lower() or p.name for p in files
-                                  if p.suffix.lower() not in SUFFIXES)
+    images, skipped = {}, collections.Counter()
+    for path in files:
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if path.suffix.lower() not in SUFFIXES:
+            skipped[path.suffix.lower() or path.name] += 1
+        elif images.setdefault(name, path) != path:     # x.jpg and x.png: the first
+            skipped["of the same name"] += 1
+    masks = [name for name in images if any(name.lower().endswith(ending)
+             and name[:-len(ending)] in images for ending in MASK_ENDINGS)]
     skipped.update({"masks": len(masks)} if masks else {})
     what = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common(5))
     heic = "; convert HEIC to JPEG first" if {".heic", ".heif"} & skipped.keys() else ""
@@ -1130,19 +1134,18 @@ def find_images(folder):
     if not images:
         raise UserError(f"{folder}: holds no images ({' '.join(SUFFIXES)})"
                         + (f", only {what}{heic}" if what else ""))
-    if what and RANK == 0:
+    if what and say:
         print(f"{folder}: skipped {what}{heic}")
     return images
 
 
 def listed_name(line, images):
     """The image's name in a line of a list: a name, or a name with a suffix, a path or a flag."""
-    line = line.strip()
-    if line in images:
-        return line
-    first = line.split()[0]
-    return next((name for name in (first, Path(first).with_suffix("").name, Path(line).stem)
-                 if name in images), first)
+    line, first = line.strip(), line.split()[0]
+    parts = first.split("/")
+    tails = ["/".join(parts[k:]) for k in range(len(parts))]                # the longest first
+    names = [line, *(name for tail in tails for name in (tail, tail.rpartition(".")[0]))]
+    return next((name for name in names if name in images), first)
 
 
 def splits(folder):
@@ -1189,6 +1192,9 @@ def check_labels(samples, names, cfg):
     for turned, found in read_ahead(read, samples):
         rotated += turned
         values |= {c + cfg.label_base for c in found if c != VOID}
+    if samples and not values:
+        raise UserError(f"{samples[0].label.parent}: the validation masks hold no class, only "
+                        "background or void")
     if rotated:
         print(f"warning: {rotated} images are rotated by EXIF; their labels are taken to be of the "
               "rotated image")
@@ -1652,6 +1658,11 @@ def list_files(folder):
     return ", ".join(sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")))
 
 
+def list_digest(samples):
+    """A short name of a list of images: equal lists have equal digests."""
+    return hashlib.md5("\n".join(sample.name for sample in samples).encode()).hexdigest()
+
+
 def digest(module):
     """A short name of a module's weights: equal weights have equal digests."""
     found = hashlib.md5()
@@ -1663,7 +1674,7 @@ def digest(module):
 def state_of(segmenter):
     """What a checkpoint holds: tensors and plain values only."""
     return {"config": asdict(segmenter.cfg), "names": segmenter.names,
-            "background": segmenter.background, "T": segmenter.T,
+            "background": segmenter.background, "images": segmenter.images, "T": segmenter.T,
             "rectifier": segmenter.rectifier.state_dict(),
             "clip": segmenter.clip.visual.state_dict() if segmenter.cfg.finetune else None}
 
@@ -1979,6 +1990,7 @@ def learn(segmenter, samples, state):
     seconds of the two stages.
     """
     started, out = time.time(), Path(segmenter.cfg.out)
+    segmenter.images = list_digest(samples)
     data = training_data(segmenter, samples)
     print(f"hypothesis: {data[2].float().sum(1).mean():.2f} classes an image")
     prepared = time.time()
@@ -1994,13 +2006,16 @@ def remove_stale(out, weights):
     """Remove what was made from other weights than these in a run's folder: a student and its
     files would be taken for this run's.
     """
-    student = out / "student.pt"
-    if not student.is_file() or load_checkpoint(student, "student")["taught_by"] == weights:
-        return
-    stale = [p for p in out.iterdir() if p.name.startswith(("student", "distill", "export"))]
+    with contextlib.suppress(UserError):                # one that cannot be read is not of this run
+        if load_checkpoint(out / "student.pt", "student")["taught_by"] == weights:
+            return
+    stale = [path for path in out.iterdir() if path.is_file() and (
+        path.name.startswith(("student", "distill", "export", "figure", "rectify.json"))
+        or path.name.endswith((".mask.png", ".overlay.png")))]
     for path in stale:
         path.unlink()
-    print(f"removed an earlier run's {', '.join(sorted(p.name for p in stale))}")
+    if stale:
+        print(f"removed an earlier run's {', '.join(sorted(path.name for path in stale))}")
 
 
 def measure(segmenter, val, seconds):
@@ -2127,6 +2142,8 @@ def segment(typed):
     paths = [*find_images(source).values()] if source.is_dir() else [source]
     T, rectified = rectify_words(segmenter, [*names, *background])
     for path in paths:
+        inside = path.relative_to(source) if source.is_dir() else Path(path.name)
+        name = inside.with_suffix("").as_posix().replace("/", "_")
         image = load_image(path)
         x = resize_to_fit(image[None], cfg.size)
         f = segmenter.features(x)
@@ -2135,9 +2152,9 @@ def segment(typed):
         masks = {title: decide(logits, patch, x.shape[-2:], image.shape[-2:], len(names),
                                cfg.sharpness, cfg.threshold)[0].cpu()
                  for title, logits in maps.items()}
-        write_mask(masks[TITLES[cfg.method]], len(names), out / f"{path.stem}.mask.png")
-        show_masks(image, masks, classes, out / f"{path.stem}.overlay.png")
-        print(f"wrote {printable(str(out / path.stem))}.mask.png and .overlay.png")
+        write_mask(masks[TITLES[cfg.method]], len(names), out / f"{name}.mask.png")
+        show_masks(image, masks, classes, out / f"{name}.overlay.png")
+        print(f"wrote {printable(str(out / name))}.mask.png and .overlay.png")
 
 
 def write_mask(mask, C, path):
@@ -2172,6 +2189,9 @@ def main(argv=None):
         with rank_zero_first():                              # what is downloaded is downloaded here
             folder = dataset_folder(cfg)
             samples, val = splits(folder)
+            if cfg.resume and state and state["images"] != list_digest(samples):
+                raise UserError(f"{folder}: its list of training images changed since {out} was "
+                                "trained; leave out --resume")
             check_labels(val, names, cfg)
             print(f"{cfg.method} on {folder}: {len(samples)} images to learn from, {len(val)} "
                   f"labelled ones to measure on, {len(names)} classes, {device}"
