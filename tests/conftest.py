@@ -1,4 +1,4 @@
-"""What the tests of all scripts share: Emoji VOC unpacked once, a miniature of it, and the tiny CLIP."""
+"""What the tests share: Emoji VOC unpacked once, a miniature of it, and the tiny CLIP."""
 import shutil
 import sys
 from pathlib import Path
@@ -15,15 +15,17 @@ import rectify  # noqa: E402
 
 @pytest.fixture(scope="session")
 def emoji(tmp_path_factory):
-    """The folder to give as --root: Emoji VOC, unpacked from its archive by the very code that a user runs."""
+    """The folder to give as --root: Emoji VOC, unpacked by the very code that a user runs."""
     root = tmp_path_factory.mktemp("data")
-    rectify.dataset_folder(rectify.complete(rectify.Config(root=str(root))))
+    rectify.dataset_folder(rectify.configure(root=str(root)))
     return root
 
 
 @pytest.fixture(scope="session")
 def mini(emoji, tmp_path_factory):
-    """A folder for --data, in VOC's layout: 24 training and 8 validation pictures of Emoji VOC; and its names.txt."""
+    """A folder for --data, in VOC's layout: 24 training and 8 validation images of Emoji VOC, and
+    its names.txt.
+    """
     source, folder = emoji / "emoji/VOCdevkit/VOC2012", tmp_path_factory.mktemp("own") / "mini"
     for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (folder / part).mkdir(parents=True)
@@ -42,13 +44,14 @@ def mini(emoji, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny():
     """The tiny CLIP that ships with the repository, and its tokenizer."""
-    return rectify.load_clip(rectify.complete(rectify.Config()), torch.device("cpu"))
+    return rectify.load_clip(rectify.configure(), torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
 def taught(mini, tmp_path_factory):
-    """A folder with the rectify.pt of two epochs on `mini`, and the student of eight epochs beside it."""
+    """A folder with the rectify.pt of two epochs on `mini`, and beside it the student of eight."""
     out = tmp_path_factory.mktemp("taught")
-    rectify.main(["--data", str(mini), "--names", str(mini / "names.txt"), "--out", str(out), "--epochs", "2", "--views", "1"])
+    rectify.main(["--dataset", "emoji", "--data", str(mini), "--names", str(mini / "names.txt"),
+                  "--out", str(out), "--epochs", "2", "--views", "1"])
     distill.main(["--out", str(out), "--epochs", "8"])
     return out

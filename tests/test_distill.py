@@ -93,7 +93,7 @@ def test_the_run_reports_all_three_and_keeps_rectifys_log(taught):
     log = [json.loads(line) for line in (taught / "log.jsonl").read_text().splitlines()]
     own = [line for line in log if line.get("stage") == "distill"]
     assert (len(own), len(log)) == (8, 10) and own[-1]["loss"] < own[0]["loss"]
-    assert (taught / "figure4.png").is_file()
+    assert {"mask", "feature", "text"} <= own[-1].keys() and (taught / "figure4.png").is_file()
 
 
 def test_the_student_needs_no_clip(taught):
@@ -145,7 +145,8 @@ def test_a_mask_that_is_wrong_is_named_before_training(taught, mini, tmp_path, w
 
 
 def test_masks_of_any_other_method_can_teach(taught, mini, tmp_path, capsys):
-    """--teacher DIR (Table 11): no teacher's features, so two losses; written to a folder of its name.
+    """--teacher DIR (Table 11): no teacher's features, so two losses; written to a folder of that
+    name.
     """
     out = beginner(taught, tmp_path / "run")
     masks = shutil.copytree(mini / "SegmentationClass", tmp_path / "theirs")

@@ -13,8 +13,8 @@ HERE = rectify.HERE / "tests/emoji"
 
 
 def test_the_archive_is_vocs_layout(emoji):
-    """1,200 training and 400 validation images of several sizes; palette masks of 0, 1..20 and a void
-    border.
+    """1,200 training and 400 validation images of several sizes; palette masks of 0, 1..20 and a
+    void border.
     """
     folder = emoji / "emoji/VOCdevkit/VOC2012"
     train, val = (rectify.list_samples(folder, split) for split in ("train", "val"))

@@ -1,5 +1,5 @@
-"""Several processes under torchrun are one run: the same weights as a single process, one voice, one
-set of files.
+"""Several processes under torchrun are one run: the same weights as a single process, one voice,
+one set of files.
 """
 import json
 import os
@@ -37,8 +37,8 @@ def start(script, *args, processes=1, fails=False):
 
 
 def test_two_processes_learn_what_one_learns(mini, tmp_path):
-    """ReCLIP without Gumbel's noise, with a batch of 3 (unequal shares, sometimes none): weights and
-    log are those of one process.
+    """ReCLIP without Gumbel's noise, with a batch of 3 (unequal shares, sometimes none): weights
+    and log are those of one process.
     """
     script, weights, logs = tmp_path / "go.py", [], []
     script.write_text(WITHOUT_NOISE)
@@ -65,7 +65,8 @@ import distill, torch
 def train(student, *args):
     learn(student, *args)
     sums = [None] * distill.WORLD
-    torch.distributed.all_gather_object(sums, [p.double().sum().item() for p in student.parameters()])
+    own = [p.double().sum().item() for p in student.parameters()]
+    torch.distributed.all_gather_object(sums, own)
     print("equal" if sums[0] == sums[1] else "apart")
 
 learn, distill.train = distill.train, train
@@ -74,8 +75,8 @@ distill.run(distill.main)
 
 
 def test_two_processes_teach_one_student(taught, tmp_path):
-    """distill.py under torchrun: to the bit the same weights in both processes, losses that fall, one
-    table.
+    """distill.py under torchrun: to the bit the same weights in both processes, losses that fall,
+    one table.
     """
     out, script = tmp_path / "out", tmp_path / "go.py"
     out.mkdir()

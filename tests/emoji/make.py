@@ -478,7 +478,7 @@ def headroom():
     size, cells, zero = cfg.size, 4, torch.zeros
     fs, wheres, truths = [], [], []
     for _, images, labels in rectify.batches_of_one_size(rectify.list_samples(folder, "train"), 32, NAMES):
-        f = segmenter.features(rectify.resize_to_fit(images, size))                               # B D h w
+        f = segmenter.features(rectify.resize_to_fit(images, size))                     # B D h w
         h, w = f.shape[-2:]
         truth = F.interpolate(labels[:, None].float(), (h, w), mode="nearest-exact")[:, 0].long()
         where = (torch.arange(h) * cells // h)[:, None] * cells + torch.arange(w) * cells // w
