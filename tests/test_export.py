@@ -1,5 +1,7 @@
 """What export.py promises: files that compute what PyTorch computes, and a runner that needs no PyTorch."""
+import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,8 +10,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
+import bench
 import distill
 import export
 import rectify
@@ -26,6 +30,12 @@ def exported(taught):
 @pytest.fixture(scope="module")
 def photo(mini):
     return sorted((mini / "JPEGImages").iterdir())[0]
+
+
+def noise(B, H, W, grain=6):
+    """Smooth random images, uint8 B×H×W×3."""
+    coarse = torch.rand(B, 3, grain, grain, generator=torch.Generator().manual_seed(0)) * 255
+    return F.interpolate(coarse, (H, W), mode="bilinear").byte().permute(0, 2, 3, 1).contiguous()
 
 
 def refused(capsys, *argv):
@@ -52,28 +62,54 @@ def test_each_file_is_whole_and_says_what_it_is(exported):
         assert not [t for t in model.graph.initializer if t.external_data] and [i.name for i in model.graph.input] == ["image"]
         meta = {p.key: p.value for p in model.metadata_props}
         assert json.loads(meta["names"]) == rectify.VOC_NAMES and json.loads(meta["palette"])[0] == list(rectify.colour(0))
+        assert (model.ir_version, [(o.domain, o.version) for o in model.opset_import]) == (8, [("", 18)])
+        assert "Resize" not in {node.op_type for node in model.graph.node}, "runtimes differ in its filter"
         assert (meta["ignore_index"], meta["inner"]) == ("255", "112")
-        assert float(meta["mIoU"]) == report["results"][name]["mIoU"] and meta["measured_on"] == "8 validation pictures"
+        assert float(meta["mIoU"]) == report["results"][name]["mIoU"] and meta["measured_on"] == "8 validation images"
     assert (exported / "student.fp16.onnx").stat().st_size < 0.6 * (exported / "student.onnx").stat().st_size
-    assert not list(exported.glob("tmp*")), "nothing half-written is left"
+    assert not list(exported.glob("*tmp*")), "nothing half-written is left"
 
 
-@pytest.mark.parametrize("shape", [(1, 96, 96), (2, 101, 87), (3, 63, 200), (1, 375, 500), (1, 9, 1)])
+@pytest.mark.parametrize("size, target", [(112, 300), (300, 112), (113, 37), (37, 113), (14, 512),
+                                          (4000, 112), (112, 112), (1, 7), (7, 1)])
+def test_the_resize_matrix_is_pytorchs_antialiased_bilinear_resize(size, target):
+    x = torch.rand(2, 3, size, 5, generator=torch.Generator().manual_seed(0))
+    exact = F.interpolate(x, (target, 5), mode="bilinear", antialias=True)
+    assert torch.allclose(export.resize_matrix(size, target) @ x, exact, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 96, 96), (2, 101, 87), (3, 63, 200), (1, 375, 500), (1, 9, 1),
+                                   (1, 1201, 777), (1, 5, 2048)])
 def test_any_size_and_any_batch(exported, shape):
-    """Sizes that tracing has not seen, odd ones, batches: the mask has the picture's size and is PyTorch's."""
-    product = export.make_product(distill.load_student(exported / "student.pt")[0], 112)
-    noise = torch.rand(shape[0], 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 255
-    image = torch.nn.functional.interpolate(noise, shape[1:], mode="bilinear").byte().permute(0, 2, 3, 1).contiguous()
+    """Sizes that tracing has not seen, odd ones, batches: the mask has the image's size and is PyTorch's."""
+    module = export.image_to_mask(distill.load_student(exported / "student.pt")[0], 112, 20)
+    image = noise(*shape)
     mask = export.open_model(exported / "student.onnx").run(None, {"image": image.numpy()})[0]
     with torch.no_grad():
-        assert mask.shape == shape and mask.dtype == np.uint8 and (mask == product(image).numpy()).mean() > 0.999
+        assert mask.shape == shape and mask.dtype == np.uint8 and (mask == module(image).numpy()).mean() > 0.999
 
 
-def test_the_square_has_the_pixels_of_a_picture_in_training(mini):
+@pytest.mark.parametrize("height, width", [(700, 1031), (513, 3), (400, 512)])
+def test_a_long_image_is_decided_at_512_px_and_enlarged(exported, height, width):
+    """Up to 512 px the mask is that of full-size logits; beyond, the nearest pixel of the decided mask."""
+    student, _ = distill.load_student(exported / "student.pt")
+    image = noise(1, height, width)
+    with torch.no_grad():
+        mask, p = export.image_to_mask(student, 112, 20, probabilities=True)(image)
+        x = F.interpolate(image.permute(0, 3, 1, 2) / 255, (112, 112), mode="bilinear", antialias=True)
+        logits, _ = student(distill.prepare(x))
+    assert p.shape[2:] == (min(512, height * 512 // max(height, width, 512)), max(1, width * 512 // max(height, width, 512)))
+    exact = F.interpolate(logits, p.shape[2:], mode="bilinear", antialias=True).argmax(1)
+    assert (p.argmax(1) == exact).float().mean() > 0.999
+    enlarged = F.interpolate(p.argmax(1)[:, None].float(), (height, width), mode="nearest-exact")[:, 0]
+    assert (mask == enlarged).float().mean() > 0.998
+
+
+def test_the_square_has_the_pixels_of_a_training_image(mini):
     """Short side 96: the mean area is a little above 96², and 8 divides the side."""
     samples = rectify.list_samples(mini, "train")
     shown = [rectify.fit(rectify.load_image(s.image), (2048, 96)).shape for s in samples]
-    side = export.square(samples, (2048, 96))
+    side = export.inner_size(samples, (2048, 96))
     assert side % 8 == 0 and 0 <= side - np.mean([h * w for _, h, w in shown]) ** 0.5 < 8
 
 
@@ -81,15 +117,14 @@ def test_buffers_kept_on_the_device_give_the_same_masks(exported, photo):
     """`bound`, the way of CUDA graphs: one output buffer, filled anew by every call."""
     session, pictures = export.open_model(exported / "student.onnx"), np.asarray(Image.open(photo))[None]
     other = np.ascontiguousarray(pictures[:, ::-1])
-    call = export.bound(session, pictures)
+    call = bench.bound(session, pictures)
     for x in (pictures, other, pictures):
         assert (call(x) == session.run(["mask"], {"image": x})[0]).all()
 
 
 def test_probabilities_on_request(taught, photo, tmp_path):
     student, _ = distill.load_student(taught / "student.pt")
-    meta = {"names": "[]", "palette": "[]", "inner": "96"}
-    export.write_onnx(export.make_product(student, 96, probabilities=True), tmp_path / "p.onnx", meta)
+    export.write_onnx(export.image_to_mask(student, 96, 20, probabilities=True), tmp_path / "p.onnx", {})
     image = np.asarray(Image.open(photo))[None]
     mask, p = export.open_model(tmp_path / "p.onnx").run(["mask", "probabilities"], {"image": image})
     assert p.shape == (1, 20, *image.shape[1:3]) and np.allclose(p.sum(1), 1, atol=1e-5) and (p.argmax(1) == mask).mean() > 0.999
@@ -112,15 +147,15 @@ def test_the_check_notices_a_file_that_computes_something_else(exported, mini, t
     values = np.frombuffer(weights.raw_data, np.float32).copy()
     weights.raw_data = np.random.default_rng(0).permutation(values).tobytes()
     onnx.save(model, tmp_path / "wrong.onnx")
-    product = export.make_product(distill.load_student(exported / "student.pt")[0], 112, probabilities=True)
+    module = export.image_to_mask(distill.load_student(exported / "student.pt")[0], 112, 20, probabilities=True)
     with pytest.raises(BadInput, match="is not what PyTorch computes"):
-        export.check(product, {"student.onnx": export.open_model(tmp_path / "wrong.onnx")}, [],
+        export.check(module, {"student.onnx": export.open_model(tmp_path / "wrong.onnx")}, [],
                      rectify.list_samples(mini, "val"), rectify.VOC_NAMES)
 
 
 def test_a_folder_without_labels_is_checked_on_its_own_pictures(exported, mini):
-    product = export.make_product(distill.load_student(exported / "student.pt")[0], 112, probabilities=True)
-    found, results = export.check(product, {"student.onnx": export.open_model(exported / "student.onnx")},
+    module = export.image_to_mask(distill.load_student(exported / "student.pt")[0], 112, 20, probabilities=True)
+    found, results = export.check(module, {"student.onnx": export.open_model(exported / "student.onnx")},
                                   rectify.list_samples(mini, "train"), [], rectify.VOC_NAMES)
     assert found["student.onnx"]["agreement"] > 0.999 and results == {}
 
@@ -151,11 +186,14 @@ def test_a_folder_becomes_a_folder_of_masks_that_can_teach(exported, mini, tmp_p
     distill.check_masks(tmp_path / "masks", samples, 20)
 
 
-def test_a_long_picture_is_segmented_smaller_and_its_mask_is_not(exported):
+def test_a_long_picture_is_segmented_smaller_and_its_mask_is_not(exported, tmp_path):
     session = export.open_model(exported / "student.onnx")
     for height in (40, 1):
         picture = Image.new("RGB", (3 * export.LARGEST, height), "green")
-        assert export.segment(session, picture).shape == (height, 3 * export.LARGEST)
+        picture.save(tmp_path / "long.png")
+        image, size = export.read_image(tmp_path / "long.png")
+        assert image.width == export.LARGEST and size == picture.size
+        assert export.segment(session, image, size).size == picture.size
 
 
 def test_bad_input_is_one_line(exported, photo, tmp_path, capsys, monkeypatch):
@@ -172,7 +210,7 @@ def test_bad_input_is_one_line(exported, photo, tmp_path, capsys, monkeypatch):
     for image, words in (("text.jpg", "not a readable image"), ("half.jpg", "not a readable image"), ("none.jpg", "no such file"),
                          ("empty", "holds no images")):
         assert words in refused(capsys, "--run", model, "--image", tmp_path / image, "--mask", out)
-    for file, words in (("half.onnx", "not an ONNX file"), ("other.onnx", "not one of export.py's"), ("none.onnx", "no such file")):
+    for file, words in (("half.onnx", "does not open it"), ("other.onnx", "not one of export.py's"), ("none.onnx", "no such file")):
         assert words in refused(capsys, "--run", tmp_path / file, "--image", photo, "--mask", out)
     for mask in ("file/m.png", "empty"):
         assert "cannot be written" in refused(capsys, "--run", model, "--image", photo, "--mask", tmp_path / mask)
@@ -212,17 +250,17 @@ def test_readmes_ten_lines_do_what_they_say(exported, photo, tmp_path, monkeypat
 
 def test_timing_is_interleaved_and_the_first_call_stands_apart():
     order = []
-    times = export.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0, least=3)
+    times = bench.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0, least=3)
     assert order[:4] == ["a", "a", "b", "b"] and order[4:] == ["a"] * 4 + ["b"] * 4 and set(times) == {"a", "b"}
 
 
 def test_what_cannot_run_is_left_out_of_the_timing(capsys):
-    times = export.interleaved({"broken": lambda: 1 / 0, "whole": lambda: 0}, seconds=0, least=1)
+    times = bench.interleaved({"broken": lambda: 1 / 0, "whole": lambda: 0}, seconds=0, least=1)
     assert set(times) == {"whole"} and "left out: broken (division by zero)" in capsys.readouterr().out
 
 
 def test_the_chart_bears_a_row_that_is_missing(tmp_path):
-    rows = [{"name": "a", "device": "CPU", "batch": b, "pictures_per_s": 10.0 * b} for b in (1, 8)]
-    export.bar_chart(rows + [{"name": "b", "device": "CPU", "batch": 1, "pictures_per_s": 3.0}], tmp_path / "chart.png")
+    rows = [{"name": "a", "device": "CPU", "batch": b, "images_per_s": 10.0 * b} for b in (1, 8)]
+    bench.bar_chart(rows + [{"name": "b", "device": "CPU", "batch": 1, "images_per_s": 3.0}], tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as chart:
         assert chart.height > 150
