@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import copy
 import json
+import math
 import os
 import shutil
 import signal
@@ -32,6 +33,8 @@ VOID = 255
 DECIDED = 512           # px: the mask of an image with a longer side is decided at this size, and enlarged
 LARGEST = 2048          # px: --run shrinks a longer image to this before the model sees it; bounds memory
 CHECKED = 400           # images, evenly spread over the list, that a new file is compared with PyTorch on
+ORT_WEB = "1.30.0"      # the version of onnxruntime-web that --web is tested with
+ORT_CDN = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{ORT_WEB}/dist"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
@@ -193,9 +196,10 @@ def run_files(args):
         count = mask.histogram()                        # pixels of each value
         if any(count[len(names):]):
             raise BadInput(f"{args.run}: its masks hold values that it does not name")
-        write_png(palette_png(mask, palette), paths[0])
-        if args.overlay:
-            write_png(overlay(image, mask, names, palette), paths[1])
+        pages = [palette_png(mask, palette)]
+        pages += [overlay(image, mask, names, palette)] if args.overlay else []
+        for page, target in zip(pages, paths):
+            write_whole(target, lambda temporary: page.save(temporary, "PNG"))
         if many and sys.stderr.isatty():
             print(f"{n}/{len(images)} images", end="\r", file=sys.stderr, flush=True)
     if many:
@@ -261,14 +265,15 @@ def image_to_mask(student, inner, classes, threshold=0.0, probabilities=False):
             h, w = (torch.sym_max(n * side // longest, 1) for n in (H, W))
             rows, columns = (resize_matrix(inside, n) for inside, n in zip(logits.shape[2:], (h, w)))
             logits = rows @ logits @ columns.T                                      # B K h w
-            p = logits.softmax(1) if probabilities or with_background else logits
+            total = logits.logsumexp(1, keepdim=True)                               # B 1 h w
             if with_background:
-                least = torch.full_like(p[:, :1], threshold)                        # B 1 h w
-                background = torch.cat([least, p[:, classes:]], 1).amax(1, keepdim=True)
-                p = torch.cat([background, p[:, :classes]], 1)                      # B 1+C h w
-            mask = p.argmax(1).to(torch.uint8)                                      # B h w
-            mask = mask[:, centres(h, H).long()][:, :, centres(w, W).long()]        # B H W
-            return (mask, p) if probabilities else mask
+                least = total + math.log(max(threshold, 1e-30))                     # B 1 h w
+                background = torch.cat([least, logits[:, classes:]], 1).amax(1, keepdim=True)
+                logits = torch.cat([background, logits[:, :classes]], 1)            # B 1+C h w
+            mask = logits.argmax(1).to(torch.uint8)                                      # B h w
+            mask = mask.index_select(1, centres(h, H).long())                       # B H w
+            mask = mask.index_select(2, centres(w, W).long())                       # B H W
+            return (mask, (logits - total).exp()) if probabilities else mask
 
     with_background = threshold > 0 or len(student.T) > classes
     return ImageToMask().eval()
@@ -310,11 +315,20 @@ def write_onnx(module, path, meta):
     save_onnx(program.model_proto, path, meta)
 
 
+def halved(student):
+    """A copy with fp16 convolutions; the classifier stays in fp32, since a half's squares overflow."""
+    student = copy.deepcopy(student)
+    student.backbone.half()
+    student.aspp.half()
+    return student
+
+
 def write_int8(source, path, samples, meta):
     """Quantise an fp32 file of ours, calibrated on the samples' images.
 
     QDQ format; uint8 activations; int8 weights with a scale a channel. Weights keep 7 bits
-    (reduce_range): processors without VNNI add two products in 16 bits, which 8 bits overflow.
+    (reduce_range): processors without VNNI add two products in 16 bits, which 8 bits overflow; with
+    VNNI the eighth bit gains no speed. Only convolutions: more would gain none and lose accuracy.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -331,7 +345,7 @@ def write_int8(source, path, samples, meta):
     quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
     quantize_static(str(prepared), str(path), Images(), per_channel=True, reduce_range=True,
                     activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-                    op_types_to_quantize=["Conv", "Add", "MaxPool"])
+                    op_types_to_quantize=["Conv"])
     save_onnx(path, path, meta)
 
 
@@ -430,12 +444,12 @@ def list_images(arguments):
     return images, many
 
 
-def write_png(image, path):
-    """Save a PNG that is there whole or not at all. Raises BadInput where it cannot be written."""
+def write_whole(path, save):
+    """Make a file that is there whole or not at all; save(temporary path) writes it. Raises BadInput."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(temporary, "PNG")
+        save(temporary)
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -476,6 +490,87 @@ def inner_size(samples, size):
     return -(-round(np.mean(areas) ** 0.5) // 8) * 8
 
 
+PAGE = """<!doctype html><meta charset="utf-8"><title>Segmentation in the browser</title>
+<style>
+body { font: 16px system-ui, sans-serif; max-width: 1000px; margin: 1em auto; padding: 0 1em }
+canvas { display: block; width: min(100%, 640px); margin: 1em 0 }
+li { display: inline-block; margin-right: 1.5em }
+i { display: inline-block; width: 1em; height: 1em; margin-right: .4em; vertical-align: middle }
+</style>
+<h1>What is where?</h1>
+<p>Drop an image here, or <input type="file" accept="image/*">. It stays in this browser.
+<p id="status">loading the model</p><canvas width="0" height="0"></canvas><ul></ul>
+<script src="ORT/ort.wasm.min.js"></script>
+<script>
+const names = NAMES, palette = PALETTE, longest = 1024, $ = q => document.querySelector(q);
+ort.env.wasm.numThreads = 1;                // more would need headers that a plain server lacks
+const model = ort.InferenceSession.create("student.onnx");
+
+async function show(blob) {
+  const bitmap = await createImageBitmap(blob), canvas = $("canvas");
+  const scale = Math.min(1, longest / Math.max(bitmap.width, bitmap.height));
+  const W = canvas.width = Math.max(1, Math.round(scale * bitmap.width));
+  const H = canvas.height = Math.max(1, Math.round(scale * bitmap.height));
+  const context = canvas.getContext("2d", {willReadFrequently: true});
+  context.fillStyle = "white";
+  context.fillRect(0, 0, W, H);
+  context.drawImage(bitmap, 0, 0, W, H);
+  const pixels = context.getImageData(0, 0, W, H), rgba = pixels.data;
+  const rgb = new Uint8Array(3 * W * H).map((_, i) => rgba[4 * Math.floor(i / 3) + i % 3]);
+  const started = performance.now();
+  const image = new ort.Tensor("uint8", rgb, [1, H, W, 3]);
+  const mask = (await (await model).run({image})).mask.data;
+  $("#status").textContent = `${W}×${H} px, ${Math.round(performance.now() - started)} ms`;
+  const count = new Array(names.length).fill(0);
+  mask.forEach((c, i) => {
+    count[c]++;
+    for (let k = 0; k < 3; k++) rgba[4 * i + k] = 0.45 * rgba[4 * i + k] + 0.55 * palette[c][k];
+  });
+  context.putImageData(pixels, 0, 0);
+  const most = [...names.keys()].filter(c => count[c]).sort((a, b) => count[b] - count[a]);
+  $("ul").replaceChildren(...most.map(c => {
+    const item = document.createElement("li"), colour = document.createElement("i");
+    colour.style.background = `rgb(${palette[c]})`;
+    item.append(colour, `${names[c]} ${(100 * count[c] / mask.length).toFixed(1)} %`);
+    return item;
+  }));
+}
+
+const report = error => { $("#status").textContent = error.message; };
+model.then(() => { $("#status").textContent = "ready"; }).catch(report);
+$("input").onchange = event => show(event.target.files[0]).catch(report);
+document.ondragover = event => event.preventDefault();
+document.ondrop = event => {
+  event.preventDefault();
+  show(event.dataTransfer.files[0]).catch(report);
+};
+if (location.hash)                          // index.html#photo.jpg shows an image of its folder
+  fetch(location.hash.slice(1)).then(r => r.blob()).then(show).catch(report);
+</script>
+"""
+
+
+def write_page(model, folder, ort=""):
+    """--web: index.html beside a copy of the model, which the browser runs with onnxruntime-web.
+
+    ort: a folder with its files, onnxruntime-web/dist, which are copied; without one the page loads
+    them from a public CDN. A web server of static files is enough. Raises BadInput.
+    """
+    names, palette = classes_of(open_model(model), model)
+    runtime = ["ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"]
+    missing = [name for name in runtime if ort and not (Path(ort) / name).is_file()]
+    if missing:
+        raise BadInput(f"--ort {ort}: holds no {missing[0]}; name onnxruntime-web's folder dist")
+    text = json.dumps(names).replace("<", "\\u003c")     # no name can end the script
+    page = PAGE.replace("ORT", "." if ort else ORT_CDN, 1)
+    page = page.replace("PALETTE", json.dumps(palette), 1).replace("NAMES", text, 1)
+    files = {"student.onnx": model} | {name: Path(ort) / name for name in runtime if ort}
+    for name, source in files.items():
+        write_whole(Path(folder) / name, lambda path: shutil.copyfile(source, path))
+    write_whole(Path(folder) / "index.html", lambda path: path.write_text(page, "utf-8"))
+    print(f"Wrote {folder}/index.html; `python -m http.server -d {folder}` shows it")
+
+
 def export(args):
     """Write the files, after checking them. Raises BadInput, or rectify.UserError."""
     from distill import load_student
@@ -501,14 +596,11 @@ def export(args):
             "palette": json.dumps([(0, 0, 0)] * background + colours),
             "ignore_index": str(VOID), "inner": str(inner), "threshold": str(args.threshold),
             "mask": "uint8, an index into names"}
-    halved = copy.deepcopy(student)
-    halved.backbone.half()
-    halved.aspp.half()                          # the classifier stays in fp32: a half's squares overflow
     build = lambda net, p: image_to_mask(net, inner, len(names), args.threshold, probabilities=p)
     with workplace(out / "export.tmp") as place:
         new = {"student.onnx": place / "student.onnx", "student.fp16.onnx": place / "student.fp16.onnx"}
         write_onnx(build(student, args.output == "probs"), new["student.onnx"], meta)
-        write_onnx(build(halved, args.output == "probs"), new["student.fp16.onnx"], meta)
+        write_onnx(build(halved(student), args.output == "probs"), new["student.fp16.onnx"], meta)
         if args.int8:
             new["student.int8.onnx"] = place / "student.int8.onnx"
             write_int8(new["student.onnx"], new["student.int8.onnx"], spread(train, 128), meta)
@@ -530,6 +622,8 @@ def export(args):
               "versions": versions(), "bytes": {name: (out / name).stat().st_size for name in new}}
     write_text(out / "export.json", json.dumps(report, indent=1))
     print(f"Wrote {out}/: " + ", ".join([*new, "export.json"]))
+    if args.web:
+        write_page(out / "student.onnx", args.web, args.ort)
 
 
 def export_or_explain(args):
@@ -559,14 +653,20 @@ def main(argv=None):
     add("--mask", default="", help="PNG of the mask, or a folder where there may be many images "
         "(default mask.png or masks)")
     add("--overlay", default="", help="likewise, of the image with the mask over it")
+    add("--web", default="", metavar="FOLDER", help="write a page that runs the file in a browser")
+    add("--ort", default="", help="onnxruntime-web's folder dist, for --web (default: a public CDN)")
     add("--provider", default="auto", choices=["auto", *PROVIDERS], help="where --run computes")
     args = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):             # names in any alphabet, on any terminal
         stream.reconfigure(errors="backslashreplace")
     try:
-        if bool(args.run) != bool(args.image):
-            raise BadInput("--run FILE and --image IMAGE go together")
-        return run_files(args) if args.run else export_or_explain(args)
+        if args.image and not args.run or args.run and not (args.image or args.web):
+            raise BadInput("--run FILE and --image IMAGE (or --web FOLDER) go together")
+        if not args.run:
+            return export_or_explain(args)
+        if args.image:
+            run_files(args)
+        return write_page(args.run, args.web, args.ort) if args.web else None
     except BadInput as error:
         message, code = f"error: {error}", 2
     except OSError as error:                            # a folder without permission, a full disk
