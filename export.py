@@ -115,8 +115,8 @@ def read_image(path, longest=LARGEST):
     if not Path(path).is_file():                        # opening a FIFO would wait for its writer
         raise BadInput(f"{path}: no such file")
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # up to the limit
+        quiet = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
+        with quiet, Image.open(path) as image:          # beyond Pillow's limit it is an error
             turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             size = image.size[::-1] if turned else image.size
             if image.mode.startswith("I"):

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -160,10 +161,10 @@ def test_a_folder_without_labels_is_checked_on_its_own_pictures(exported, mini):
     assert found["student.onnx"]["agreement"] > 0.999 and results == {}
 
 
-def without_torch(*argv):
-    """Run export.py in a process in which importing torch fails."""
+def without_torch(*argv, after=""):
+    """Run export.py in a process in which importing torch fails, and then the code `after`."""
     code = (f"import sys; sys.modules['torch'] = None; sys.path.insert(0, {str(rectify.HERE)!r})\n"
-            f"import export; export.main({[str(a) for a in argv]!r})")
+            f"import export; export.main({[str(a) for a in argv]!r})\n{after}")
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
@@ -184,6 +185,155 @@ def test_a_folder_becomes_a_folder_of_masks_that_can_teach(exported, mini, tmp_p
     samples = rectify.list_samples(mini, "train")
     assert len(list((tmp_path / "masks").glob("*.png"))) == len(list((mini / "JPEGImages").iterdir()))
     distill.check_masks(tmp_path / "masks", samples, 20)
+
+
+@pytest.fixture(scope="module", params=["words", "threshold", "both"])
+def with_background(request, exported, tmp_path_factory):
+    """(folder of a hand-made student.pt with files, its state, threshold): background words and a threshold, or one."""
+    kind, folder = request.param, tmp_path_factory.mktemp("background")
+    state = torch.load(exported / "student.pt", weights_only=True)
+    if kind != "threshold":                                         # two of its classes serve as background words
+        session = export.open_model(exported / "student.onnx")
+        most = np.bincount(session.run(None, {"image": noise(1, 100, 90).numpy()})[0].ravel()).argmax()
+        order = [c for c in range(20) if c not in (0, most)] + [0, int(most)]
+        for key in ("T", "R"):
+            state["student"][key] = state["student"][key][order]
+        names = [state["names"][c] for c in order]
+        state["names"], state["background"] = names[:18], names[18:]
+    torch.save(state, folder / "student.pt")
+    student, inner = distill.load_student(folder / "student.pt")[0], 112
+    with torch.no_grad():
+        _, p = export.image_to_mask(student, inner, 20, probabilities=True)(noise(1, 100, 90))
+    threshold = 0.0 if kind == "words" else p.amax(1).quantile(0.3).item()
+    meta = {"names": json.dumps(["background", *state["names"]]), "inner": "112",
+            "palette": json.dumps([(0, 0, 0), *(rectify.colour(c) for c in range(len(state["names"])))])}
+    export.write_onnx(export.image_to_mask(student, inner, len(state["names"]), threshold), folder / "student.onnx", meta)
+    return folder, state, threshold
+
+
+def test_a_mask_with_background_has_0_for_it_and_class_c_is_c_plus_1(with_background, tmp_path):
+    """Against the definition: the best channel at full size, background where it is a word or below the threshold."""
+    folder, state, threshold = with_background
+    student, C = distill.load_student(folder / "student.pt")[0], len(state["names"])
+    image = noise(1, 100, 90)[0].numpy().copy()
+    Image.fromarray(image).save(tmp_path / "image.png")
+    session = export.open_model(folder / "student.onnx")
+    mask = session.run(None, {"image": image[None]})[0][0]
+    x = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        logits, _ = student(distill.prepare(F.interpolate(x, (112, 112), mode="bilinear", antialias=True)))
+    best, c = F.interpolate(logits, image.shape[:2], mode="bilinear")[0].softmax(0).max(0)
+    expected = torch.where((c < C) & (best >= threshold), c + 1, 0).numpy()
+    assert 0 in expected and (expected > 0).any(), "both must occur, or nothing is tested"
+    assert (mask == expected).mean() > 0.999
+    names, palette = export.classes_of(session, folder)
+    assert (names[0], palette[0], len(names)) == ("background", [0, 0, 0], C + 1)
+    export.main(["--run", str(folder / "student.onnx"), "--image", str(tmp_path / "image.png"),
+                 "--mask", str(tmp_path / "m.png"), "--overlay", str(tmp_path / "o.png")])
+    with Image.open(tmp_path / "m.png") as png:
+        assert (np.asarray(png) == mask).all() and png.getpalette()[:6] == [0, 0, 0, *rectify.colour(0)]
+
+
+def test_the_command_line_bakes_the_threshold_in(taught, photo, tmp_path, capsys):
+    """--threshold: names, palette and the check know the background; a higher threshold gives more of it."""
+    shutil.copy(taught / "student.pt", tmp_path)
+    share = []
+    for threshold in ("0.2", "0.9"):
+        export.main(["--out", str(tmp_path), "--threshold", threshold])
+        session = export.open_model(tmp_path / "student.onnx")
+        assert export.classes_of(session, "")[0] == ["background", *rectify.VOC_NAMES]
+        share.append((session.run(None, {"image": np.asarray(Image.open(photo))[None]})[0] == 0).mean())
+    report = json.loads((tmp_path / "export.json").read_text())
+    assert share[0] < share[1] and report["check"]["student.onnx"]["agreement"] >= 0.9999
+    assert set(report["results"]["pytorch"]["IoU"]) == set(rectify.VOC_NAMES)
+    capsys.readouterr()
+    assert "a probability" in refused(capsys, "--out", tmp_path, "--threshold", "1.5")
+
+
+def test_paths_from_standard_input_and_several_arguments(exported, mini, tmp_path, monkeypatch, capsys):
+    images = sorted((mini / "JPEGImages").iterdir())[:3]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{path}\n" for path in images)))
+    export.main(["--run", str(exported / "student.onnx"), "--image", "-", "--mask", str(tmp_path / "a")])
+    assert re.search(r"3 masks, [\d.]+ images/s", capsys.readouterr().out)
+    export.main(["--run", str(exported / "student.onnx"), "--image", *map(str, images), "--mask", str(tmp_path / "b"),
+                 "--overlay", str(tmp_path / "c")])
+    for folder in "abc":
+        assert sorted(p.stem for p in (tmp_path / folder).iterdir()) == [p.stem for p in images]
+    assert all((tmp_path / "a" / p.name).read_bytes() == p.read_bytes() for p in (tmp_path / "b").iterdir())
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert "names no images" in refused(capsys, "--run", exported / "student.onnx", "--image", "-")
+
+
+BROKEN = {"names missing": {"palette": "[]"}, "not JSON": {"names": "["}, "deep": {"names": "[" * 100_000},
+          "numbers": {"names": json.dumps([7] * 20)}, "escapes": {"names": json.dumps(["\x1b[2J"] * 20)},
+          "too few colours": {"palette": "[[1, 2, 3]]"}, "colours out of range": {"palette": json.dumps([[1, 2, 300]] * 20)},
+          "ragged": {"palette": json.dumps([[1, 2, 3]] * 19 + [[1]])}, "a word": {"palette": '"red"'}, "empty": {"names": "[]",
+          "palette": "[]"}, "huge": {"palette": json.dumps([[1, 2, 10 ** 30]] * 20)}}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+def test_broken_metadata_is_one_line(broken, exported, photo, tmp_path, capsys):
+    meta = {p.key: p.value for p in onnx.load(exported / "student.onnx").metadata_props} | broken
+    if set(broken) == {"palette"} and broken["palette"] == "[]":
+        del meta["names"]
+    export.save_onnx(exported / "student.onnx", tmp_path / "broken.onnx", meta)
+    line = refused(capsys, "--run", tmp_path / "broken.onnx", "--image", photo, "--mask", tmp_path / "m.png")
+    assert "not one of export.py's" in line and not (tmp_path / "m.png").exists()
+
+
+def test_a_fifo_is_no_image(exported, tmp_path, capsys):
+    """Opening it would wait for its writer for ever."""
+    os.mkfifo(tmp_path / "f.jpg")
+    assert "no such file" in refused(capsys, "--run", exported / "student.onnx", "--image", tmp_path / "f.jpg")
+    assert "holds no images" in refused(capsys, "--run", exported / "student.onnx", "--image", tmp_path)
+
+
+def test_memory_is_bounded_up_to_pillows_limit(exported, tmp_path):
+    """169 megapixels in a file of 2 MB: mask and overlay within 1.2 GB, of which Pillow's own image is 0.7."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("reads the peak memory from /proc")
+    Image.new("RGB", (13_000, 13_000), "green").save(tmp_path / "large.png", compress_level=1)
+    done = without_torch("--run", exported / "student.onnx", "--image", tmp_path / "large.png", "--mask", tmp_path / "m.png",
+                         "--overlay", tmp_path / "o.png", after="print(open('/proc/self/status').read().split('VmHWM:')[1])")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert int(done.stdout.splitlines()[2].split()[0]) < 1.2e6, "kB"
+    with Image.open(tmp_path / "m.png") as mask, Image.open(tmp_path / "o.png") as over:
+        assert mask.size == (13_000, 13_000) and over.size == (export.LARGEST, export.LARGEST)
+
+
+def test_what_a_killed_run_left_is_cleared_and_a_running_one_is_not_disturbed(exported, tmp_path, capsys):
+    with export.workplace(tmp_path / "export.tmp") as place:
+        (place / "student.onnx").write_text("half")
+        with pytest.raises(BadInput, match="another export.py"), export.workplace(tmp_path / "export.tmp"):
+            pass
+        assert (place / "student.onnx").exists()
+    assert not (tmp_path / "export.tmp").exists()
+    (tmp_path / "export.tmp").mkdir()
+    (tmp_path / "export.tmp/student.onnx").write_text("half")
+    with export.workplace(tmp_path / "export.tmp"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_earlier_files(exported, tmp_path, monkeypatch, capsys):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    shutil.copy(exported / "student.pt", tmp_path)
+    (tmp_path / "student.onnx").write_text("earlier")
+    monkeypatch.setattr(onnx, "save", full)
+    with pytest.raises(SystemExit) as stop:
+        export.main(["--out", str(tmp_path)])
+    assert stop.value.code == 2 and "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert {p.name for p in tmp_path.iterdir()} == {"student.pt", "student.onnx"}
+    assert (tmp_path / "student.onnx").read_text() == "earlier"
+
+
+def test_weights_that_are_not_finite_are_refused(taught, tmp_path, capsys):
+    state = torch.load(taught / "student.pt", weights_only=True)
+    state["student"]["aspp.0.weight"][0] = float("nan")
+    torch.save(state, tmp_path / "student.pt")
+    assert "not finite" in refused(capsys, "--out", tmp_path)
 
 
 def test_a_long_picture_is_segmented_smaller_and_its_mask_is_not(exported, tmp_path):
