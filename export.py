@@ -1,16 +1,16 @@
-"""Deploy the student: one ONNX file, image in, mask out, checked against PyTorch; and a runner without PyTorch.
+"""Deploy the student: one ONNX file, image in, mask out; checked against PyTorch, run without it.
 
-    python export.py                            # newest student.pt -> student.onnx, student.fp16.onnx beside it
-    python export.py --int8                     # and student.int8.onnx, calibrated on training images
-    python export.py --threshold 0.5            # pixels whose best probability is below 0.5 are background
+    python export.py                   # newest student.pt -> student.onnx and student.fp16.onnx
+    python export.py --int8            # and student.int8.onnx, calibrated on training images
+    python export.py --threshold 0.5   # pixels whose best probability is below 0.5 are background
+    python export.py --web site        # and a page that runs student.onnx in a browser
     python export.py --run student.onnx --image photo.jpg --mask mask.png --overlay overlay.png
-    python export.py --run student.onnx --image photos/ --mask masks/       # - reads paths from standard input
+    python export.py --run student.onnx --image photos/ --mask masks/      # or - : paths from stdin
 
-The last two are for the machine of deployment: they import onnxruntime, numpy and pillow, nothing else.
+--run is for the machine of deployment: it imports onnxruntime, numpy and pillow, nothing else.
 
 TABLE
-
-1 run a file, 2 the graph that is exported, 3 the files, 4 the check; what serves them stands below the ruler.
+1 run a file, 2 the graph that is exported, 3 the files, 4 the check; the rest serves them.
 """
 import argparse
 import contextlib
@@ -30,25 +30,23 @@ import onnxruntime
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 
 VOID = 255
-DECIDED = 512           # px: the mask of an image with a longer side is decided at this size, and enlarged
-LARGEST = 2048          # px: --run shrinks a longer image to this before the model sees it; bounds memory
-CHECKED = 400           # images, evenly spread over the list, that a new file is compared with PyTorch on
+DECIDED = 512           # px: a longer image's mask is decided at this size, and enlarged
+LARGEST = 2048          # px: --run shrinks a longer image to this, so that memory is bounded
+CHECKED = 400           # images, evenly spread, on which a new file is compared with PyTorch
 ORT_WEB = "1.30.0"      # the version of onnxruntime-web that --web is tested with
 ORT_CDN = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{ORT_WEB}/dist"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 class BadInput(Exception):
-    """What the user can mend: one line and exit code 2. As rectify.UserError, but without PyTorch."""
+    """What the user can mend: one line and exit code 2. rectify.UserError would bring PyTorch."""
 
 
 # ================================================================================ 1 run a file
 
-# HEURISTIC chooses a convolution at once; the default times all of them, anew for every input shape.
+# HEURISTIC picks a convolution at once; the default times all of them, anew for every shape.
 CUDA = {"cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "1", "use_tf32": "1"}
-PROVIDERS = {"cpu": ["CPUExecutionProvider"],
-             "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
-             "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]}
+PROVIDERS = {"cpu": ["CPU"], "cuda": ["CUDA", "CPU"], "tensorrt": ["Tensorrt", "CUDA", "CPU"]}
 
 
 def open_model(path, provider="cpu", cuda=CUDA):
@@ -68,9 +66,10 @@ def open_model(path, provider="cpu", cuda=CUDA):
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3                      # its errors are raised below, once
     if wanted != "cpu" and hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()                      # CUDA's own libraries, where pip has put them
-    available = [(name, cuda if name == "CUDAExecutionProvider" else {})
-                 for name in PROVIDERS[wanted] if name in onnxruntime.get_available_providers()]
+        onnxruntime.preload_dlls()                      # CUDA's libraries, where pip has put them
+    providers = [(f"{name}ExecutionProvider", cuda if name == "CUDA" else {})
+                 for name in PROVIDERS[wanted]]
+    available = [p for p in providers if p[0] in onnxruntime.get_available_providers()]
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=available)
     except Exception as error:                          # ONNX Runtime has a class for each error
@@ -93,16 +92,17 @@ def classes_of(session, path):
         meta = session.get_modelmeta().custom_metadata_map
         names, palette = json.loads(meta["names"]), json.loads(meta["palette"])
         colours = np.array(palette)
+        kinds = lambda values: {(value.name, value.type) for value in values}
         sound = (all(isinstance(name, str) and name.isprintable() for name in names)
                  and colours.shape == (len(names), 3) and colours.dtype.kind == "i"
                  and 0 <= colours.min() and colours.max() <= 255 and len(names) <= 256
-                 and [(x.name, x.type) for x in session.get_inputs()] == [("image", "tensor(uint8)")]
-                 and ("mask", "tensor(uint8)") in [(x.name, x.type) for x in session.get_outputs()])
+                 and kinds(session.get_inputs()) == {("image", "tensor(uint8)")}
+                 and ("mask", "tensor(uint8)") in kinds(session.get_outputs()))
     except (KeyError, TypeError, ValueError, RecursionError):
         sound = False
     if not sound:
-        raise BadInput(f"{path}: an ONNX file, but not one of export.py's: its names, palette, image "
-                       "or mask are missing or broken; write it again with `python export.py`")
+        raise BadInput(f"{path}: not one of export.py's ONNX files: its names, palette, image or "
+                       "mask are missing or broken; write it again with `python export.py`")
     return names, palette
 
 
@@ -204,7 +204,7 @@ def run_files(args):
             print(f"{n}/{len(images)} images", end="\r", file=sys.stderr, flush=True)
     if many:
         rate = len(images) / (time.perf_counter() - started)
-        print(f"{places[0]}: {len(images)} masks, {rate:.1f} images/s, reading and writing included")
+        print(f"{places[0]}: {len(images)} masks, {rate:.1f} images/s with reading and writing")
     else:
         most = sorted(zip(count, names), reverse=True)[:4]
         print(f"{paths[0]}: " + ", ".join(f"{name} {n / sum(count):.0%}" for n, name in most if n))
@@ -223,7 +223,7 @@ def resize_matrix(size, target):
     """A, target×size, rows of sum 1: A x resizes x as PyTorch's antialiased bilinear resize does.
 
     Each row is a triangle around the centre of its pixel, as wide as a pixel of the smaller image:
-    A_ij ∝ max(0, 1 − |j + ½ − c_i| / max(1, size / target)). ONNX's Resize has the same filter as an
+    A_ij ∝ max(0, 1 − |j + ½ − c_i| / max(1, size / target)). ONNX's Resize has this filter as an
     attribute, antialias, which some runtimes ignore; they all multiply matrices.
     """
     import torch
@@ -242,8 +242,8 @@ def image_to_mask(student, inner, classes, threshold=0.0, probabilities=False):
 
     classes: C; channels of the student beyond C are background words. With such words or a
     threshold > 0 the mask is 0 for background and c + 1 for class c, else c. With `probabilities`
-    the module returns (mask, B×K×h×w float32 at the size at which the mask is decided) instead, K the
-    number of values; the channel of background is the larger of its words and the threshold.
+    the module returns (mask, B×K×h×w float32) instead, h×w the size at which the mask is decided, K
+    the number of values; background's is the larger of its words' best and the threshold.
     """
     import torch
     from distill import prepare
@@ -252,30 +252,29 @@ def image_to_mask(student, inner, classes, threshold=0.0, probabilities=False):
         def __init__(self):
             super().__init__()
             self.student = student
+            self.has_background = threshold > 0 or len(student.T) > classes
             self.outputs = ["mask", "probabilities"] if probabilities else ["mask"]
 
         def forward(self, image):
             B, H, W, _ = image.shape
             x = resize_matrix(H, inner) @ image.float().reshape(B, H, W * 3)        # B inner W·3
             x = x.reshape(B, inner, W, 3).permute(0, 3, 1, 2)                       # B 3 inner W
-            x = prepare(x @ resize_matrix(W, inner).T / 255)                        # B 3 inner inner
-            logits, _ = self.student(x.to(self.student.aspp[0].weight.dtype))       # B K inner/8 ..
-            side = max(inner, DECIDED)
+            x = x @ resize_matrix(W, inner).T / 255                                 # B 3 inner ..
+            logits, _ = self.student(prepare(x).to(student.aspp[0].weight.dtype))   # B K s s
+            side, s = max(inner, DECIDED), logits.shape[2]
             longest = torch.sym_max(torch.sym_max(H, W), side)
             h, w = (torch.sym_max(n * side // longest, 1) for n in (H, W))
-            rows, columns = (resize_matrix(inside, n) for inside, n in zip(logits.shape[2:], (h, w)))
-            logits = rows @ logits @ columns.T                                      # B K h w
+            logits = resize_matrix(s, h) @ logits @ resize_matrix(s, w).T           # B K h w
             total = logits.logsumexp(1, keepdim=True)                               # B 1 h w
-            if with_background:
+            if self.has_background:
                 least = total + math.log(max(threshold, 1e-30))                     # B 1 h w
                 background = torch.cat([least, logits[:, classes:]], 1).amax(1, keepdim=True)
                 logits = torch.cat([background, logits[:, :classes]], 1)            # B 1+C h w
-            mask = logits.argmax(1).to(torch.uint8)                                      # B h w
+            mask = logits.argmax(1).to(torch.uint8)                                 # B h w
             mask = mask.index_select(1, centres(h, H).long())                       # B H w
             mask = mask.index_select(2, centres(w, W).long())                       # B H W
             return (mask, (logits - total).exp()) if probabilities else mask
 
-    with_background = threshold > 0 or len(student.T) > classes
     return ImageToMask().eval()
 
 
@@ -316,7 +315,7 @@ def write_onnx(module, path, meta):
 
 
 def halved(student):
-    """A copy with fp16 convolutions; the classifier stays in fp32, since a half's squares overflow."""
+    """A copy with fp16 convolutions; the classifier stays fp32, since a half's squares overflow."""
     student = copy.deepcopy(student)
     student.backbone.half()
     student.aspp.half()
@@ -360,8 +359,8 @@ def check(module, sessions, train, val, names):
     """Run files beside PyTorch on real images: whole batches of one size, and crops of odd sizes.
 
     module: an image_to_mask with probabilities. sessions: {file name: session}. names: C classes.
-    Returns {file name: {"agreement": share of the pixels, "margin": the largest probability by which
-    PyTorch preferred its own value where they differ, "lost": mIoU points}} and what
+    Returns {file name: {"agreement": share of the pixels, "margin": the most by which PyTorch
+    prefers its own value where they differ, a probability, "lost": mIoU points}} and what
     rectify.evaluate says. Without labelled images, training images serve and there is no mIoU.
     Raises BadInput beyond BOUNDS.
     """
@@ -370,14 +369,12 @@ def check(module, sessions, train, val, names):
     from rectify import evaluate, fit, load_image, spread
 
     found = {name: {"different": 0, "pixels": 0, "margin": 0.0} for name in sessions}
-    K, C = 0, len(names)
+    first, K = int(module.has_background), len(names) + module.has_background
 
     def compare(images):
-        nonlocal K
         x = images.permute(0, 2, 3, 1).contiguous()                                 # B H W 3
         with torch.no_grad():
             mask, p = module(x)                                                     # B H W, B K h w
-        K = p.size(1)
         p = F.interpolate(p, mask.shape[1:], mode="nearest-exact")                  # B K H W
         masks = {"pytorch": mask.long()}
         for name, session in sessions.items():
@@ -388,7 +385,7 @@ def check(module, sessions, train, val, names):
             if differs.any():
                 margin = p.amax(1) - p.gather(1, masks[name][:, None])[:, 0]        # B H W
                 found[name]["margin"] = max(found[name]["margin"], margin[differs].max().item())
-        return {name: (mask - (K - C)) % K for name, mask in masks.items()}         # class c is c
+        return {name: (mask - first) % K for name, mask in masks.items()}           # class c is c
 
     def predict(images):
         H, W = images.shape[-2:]
@@ -425,6 +422,7 @@ def check(module, sessions, train, val, names):
 # ============================================ everything below serves the export and is not it
 
 def first_line(error):
+    """The beginning of an exception's message, for an error line of ours."""
     return (str(error) or repr(error)).splitlines()[0][:160]
 
 
@@ -445,7 +443,7 @@ def list_images(arguments):
 
 
 def write_whole(path, save):
-    """Make a file that is there whole or not at all; save(temporary path) writes it. Raises BadInput."""
+    """Make a file that is there whole or not at all: save(temporary) writes it. Raises BadInput."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -577,8 +575,8 @@ def export(args):
     from rectify import (Config, colour, dataset_folder, newest, splits, spread, versions,
                          write_text)
 
-    given = args.out or args.dataset
-    path = Path(args.out or f"runs/{args.dataset}") / "student.pt" if given else newest("student.pt")
+    folder = args.out or (args.dataset and f"runs/{args.dataset}")
+    path = Path(folder) / "student.pt" if folder else newest("student.pt")
     print(f"exporting {path}")
     student, state = load_student(path)
     if not all(tensor.isfinite().all() for tensor in student.state_dict().values()):
@@ -598,12 +596,13 @@ def export(args):
             "mask": "uint8, an index into names"}
     build = lambda net, p: image_to_mask(net, inner, len(names), args.threshold, probabilities=p)
     with workplace(out / "export.tmp") as place:
-        new = {"student.onnx": place / "student.onnx", "student.fp16.onnx": place / "student.fp16.onnx"}
-        write_onnx(build(student, args.output == "probs"), new["student.onnx"], meta)
-        write_onnx(build(halved(student), args.output == "probs"), new["student.fp16.onnx"], meta)
-        if args.int8:
-            new["student.int8.onnx"] = place / "student.int8.onnx"
-            write_int8(new["student.onnx"], new["student.int8.onnx"], spread(train, 128), meta)
+        new = {f"student{kind}.onnx": place / f"student{kind}.onnx"
+               for kind in ("", ".fp16", ".int8")[:2 + args.int8]}
+        fp32, fp16, *int8 = new.values()
+        write_onnx(build(student, args.output == "probs"), fp32, meta)
+        write_onnx(build(halved(student), args.output == "probs"), fp16, meta)
+        for path in int8:
+            write_int8(fp32, path, spread(train, 128), meta)
         sessions = {name: open_model(p) for name, p in new.items()}
         found, results = check(build(student, True), sessions, train, val, names)
         for name, temporary in new.items():
@@ -612,7 +611,8 @@ def export(args):
                 measured = {"mIoU": str(results[name]["mIoU"]), "measured_on": on}
                 save_onnx(temporary, temporary, meta | measured)
             temporary.replace(out / name)
-    for name in {"student.int8.onnx", "bench.png"} - new.keys():        # of an earlier student
+    of_earlier = {"student.int8.onnx", "bench.png", "bench.json"} - new.keys()
+    for name in of_earlier:
         (out / name).unlink(missing_ok=True)
     if val:
         own = f"; at their own shape (distill.py): {state['mIoU']:.2f}" if state["mIoU"] else ""
@@ -654,11 +654,9 @@ def main(argv=None):
         "(default mask.png or masks)")
     add("--overlay", default="", help="likewise, of the image with the mask over it")
     add("--web", default="", metavar="FOLDER", help="write a page that runs the file in a browser")
-    add("--ort", default="", help="onnxruntime-web's folder dist, for --web (default: a public CDN)")
+    add("--ort", default="", help="for --web: onnxruntime-web's dist folder (default: a CDN)")
     add("--provider", default="auto", choices=["auto", *PROVIDERS], help="where --run computes")
     args = parser.parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):             # names in any alphabet, on any terminal
-        stream.reconfigure(errors="backslashreplace")
     try:
         if args.image and not args.run or args.run and not (args.image or args.web):
             raise BadInput("--run FILE and --image IMAGE (or --web FOLDER) go together")
@@ -678,6 +676,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):             # names in any alphabet, on any terminal
+        stream.reconfigure(errors="backslashreplace")
     if hasattr(signal, "SIGPIPE"):                      # as every Unix tool: `| head -1` ends it
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

@@ -326,14 +326,34 @@ def runtimes(module, files, network, x, device):
         alone = onnxruntime.InferenceSession(str(network), options, providers=["CPUExecutionProvider"])
         inner = np.zeros((len(x), 3, *alone.get_inputs()[0].shape[2:]), np.float32)
         calls["the network alone fp32"] = lambda: alone.run(None, {"x": inner})
+        calls |= other_runtimes(files, x)
+    return calls
+
+
+def other_runtimes(files, x):
+    """The same for OpenVINO, at fp32 and as it comes, and OpenCV, each where it is installed."""
+    calls = {}
+    with contextlib.suppress(ImportError):
+        import openvino
+        for name, path in files.items():
+            for title, hint in ("", {}), (" at f32", {"INFERENCE_PRECISION_HINT": "f32"}):
+                model = openvino.Core().compile_model(path, "CPU", hint | {"PERFORMANCE_HINT": "LATENCY"})
+                calls[f"OpenVINO{title} {name}"] = lambda model=model: model(x)[0]
+    with contextlib.suppress(ImportError):
+        import cv2
+        for name, path in files.items():
+            net = cv2.dnn.readNetFromONNX(str(path))
+            net.setInput(x, "image")
+            calls[f"OpenCV {name}"] = lambda net=net: net.forward("mask")
     return calls
 
 
 def bench_export(out, seconds=15.0):
     """Time every way to run the student of `out`, a folder with student.pt and export.py's files.
 
-    Batch 1 and 8; a table, bench.png and bench.json there. Also: what resizing, normalising and argmax
-    add to the network, and what it costs when the images' sizes change from call to call.
+    Batch 1 and 8 of validation images; a table with the share of pixels that agree with PyTorch, and
+    bench.png and bench.json there. Also: what resizing, normalising and argmax add to the network, and
+    what it costs when the images' sizes change from call to call.
     """
     files = {name: out / f"student{kind}.onnx" for name, kind in
              (("fp32", ""), ("fp16", ".fp16"), ("int8", ".int8")) if (out / f"student{kind}.onnx").is_file()}
@@ -343,12 +363,15 @@ def bench_export(out, seconds=15.0):
     meta = export.open_model(files["fp32"]).get_modelmeta().custom_metadata_map
     inner, threshold = int(meta["inner"]), float(meta["threshold"])
     module = export.image_to_mask(student, inner, len(state["names"]), threshold)
+    train, val = rectify.splits(rectify.dataset_folder(rectify.Config(**state["rectify"])))
+    images = [np.asarray(export.read_image(sample.image)[0].resize((inner, inner)))
+              for sample in (rectify.spread(val or train, 8) * 8)[:8]]              # inner inner 3 each
     report, rng = [], np.random.default_rng(0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         student(torch.zeros(1, 3, inner, inner))
     flop = counter.get_total_flops()
     print(f"{flop / 1e9:.2f} GFLOP an image at {inner}×{inner}\n")
-    print(f"{'':34}{'batch':>6}{'first call':>12}{'median':>12}{'images/s':>12}{'of the peak':>13}")
+    print(f"{'':34}{'batch':>6}{'first call':>12}{'median':>12}{'images/s':>12}{'of the peak':>13}{'agrees':>10}")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         network = Path(folder) / "network.onnx"
         torch.onnx.export(student, (torch.zeros(2, 3, inner, inner),), network, dynamo=True, verbose=False,
@@ -358,19 +381,23 @@ def bench_export(out, seconds=15.0):
             gpu = torch.cuda.get_device_name() if device == "cuda" else ""
             peak = next((tera * 1e12 for name, tera in PEAK.items() if name in gpu), None)
             for batch in (1, 8):
-                x = rng.integers(256, size=(batch, inner, inner, 3), dtype=np.uint8)
-                times = interleaved(runtimes(module, files, network, x, device), seconds)
-                for name, (first, median) in times.items():
+                x = np.stack(images[:batch])                                        # B inner inner 3
+                exact = module(torch.from_numpy(x)).numpy()
+                calls = runtimes(module, files, network, x, device)
+                for name, (first, median) in interleaved(calls, seconds).items():
                     share = peak and flop * batch / median / peak
+                    mask = None if "alone" in name else np.asarray(calls[name]()).reshape(exact.shape)
+                    agrees = None if mask is None else float((mask == exact).mean())
                     report.append({"name": name, "device": gpu or "CPU", "batch": batch, "of_peak": share,
                                    "first_call_s": first, "median_ms": 1000 * median,
-                                   "images_per_s": batch / median})
+                                   "images_per_s": batch / median, "agrees": agrees})
                     print(f"{name + ', ' + (gpu or 'CPU'):<34}{batch:>6}{first:>10.2f} s{1000 * median:>9.2f} ms"
-                          f"{batch / median:>12.1f}" + (f"{share:>13.0%}" if peak else f"{'-':>13}"))
+                          f"{batch / median:>12.1f}" + (f"{share:>13.0%}" if peak else f"{'-':>13}")
+                          + (f"{'-':>10}" if agrees is None else f"{agrees:>10.2%}"))
     session = export.open_model(files["fp32"])
-    images = [rng.integers(256, size=(1, inner + k, inner - k, 3), dtype=np.uint8) for k in range(8)]
+    sizes = [rng.integers(256, size=(1, inner + k, inner - k, 3), dtype=np.uint8) for k in range(8)]
     turn = lambda order: [session.run(["mask"], {"image": image}) for image in order]
-    orders = interleaved({"changing": lambda: turn(images), "same": lambda: turn(images[:1] * 8)}, seconds / 3)
+    orders = interleaved({"changing": lambda: turn(sizes), "same": lambda: turn(sizes[:1] * 8)}, seconds / 3)
     ms = {(r["name"], r["batch"]): r["median_ms"] for r in report if r["device"] == "CPU"}
     ratios = {"ONNX Runtime fp32 against PyTorch eager": ms["PyTorch eager fp32", 1] / ms["ONNX Runtime fp32", 1],
               "end to end against the network alone": ms["ONNX Runtime fp32", 1] / ms["the network alone fp32", 1],

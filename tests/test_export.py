@@ -288,6 +288,7 @@ def test_a_fifo_is_no_image(exported, tmp_path, capsys):
     assert "holds no images" in refused(capsys, "--run", exported / "student.onnx", "--image", tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_memory_is_bounded_up_to_pillows_limit(exported, tmp_path):
     """169 megapixels in a file of 2 MB: mask and overlay within 1.2 GB, of which Pillow's own image is 0.7."""
     if not os.path.exists("/proc/self/status"):
@@ -414,3 +415,18 @@ def test_the_chart_bears_a_row_that_is_missing(tmp_path):
     bench.bar_chart(rows + [{"name": "b", "device": "CPU", "batch": 1, "images_per_s": 3.0}], tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as chart:
         assert chart.height > 150
+
+
+def test_bench_times_every_runtime_and_says_how_far_each_agrees(exported, tmp_path, monkeypatch, capsys):
+    for name in ("student.pt", "student.onnx"):
+        shutil.copy(exported / name, tmp_path)
+    monkeypatch.setattr(torch, "compile", lambda model: lambda x: 1 / 0)          # as without a compiler, and a minute shorter
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    bench.bench_export(tmp_path, seconds=0)
+    report, printed = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
+    assert (tmp_path / "bench.png").is_file() and "left out: PyTorch compiled bf16" in printed
+    rows = {(row["name"], row["batch"]): row for row in report["rows"]}
+    for batch in (1, 8):
+        assert rows["ONNX Runtime fp32", batch]["agrees"] > 0.999 and rows["the network alone fp32", batch]["agrees"] is None
+    assert all(row["median_ms"] > 0 and f"{row['name']}, CPU" in printed for row in rows.values())
+    assert all(ratio > 0 for ratio in report["ratios"].values())
