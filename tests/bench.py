@@ -2,6 +2,7 @@
 grows: a table and bench.json.
 
     python tests/bench.py --out runs/bench
+    python tests/bench.py export                        # export.py's files beside PyTorch, about 2 minutes
 
 On a CPU: the tiny CLIP on images of Emoji VOC, about 90 s. On a GPU: true sizes, ViT-B/16 with
 random weights on 1,464 made images and crops of VOC's size. Times are medians of calls that take
@@ -9,6 +10,7 @@ turns, after one call of each that is not counted.
 """
 import argparse
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -22,6 +24,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import onnxruntime
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -29,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import distill  # noqa: E402  (after the path to it)
+import export  # noqa: E402
 import rectify  # noqa: E402
 
 # images: of an epoch. batch: of dense CLIP. steps: of the authors' recipe. repeats: calls that a
@@ -257,12 +261,212 @@ def bench(sizes, device, folder):
     return rows
 
 
+# ================================================================================ bench.py export
+
+# TFLOP/s of dense bf16 matrix products, as the vendor's data sheets state them.
+PEAK = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "T4": 65}
+
+
+def interleaved(calls, seconds=15.0, least=3):
+    """Time calls in turn, so that a machine that slows down slows all of them.
+
+    Returns {name: (first call, median)} in s. A turn is one call that does not count, since threads of
+    the call before still spin, and three that do. A call that fails is left out and named.
+    """
+    first, times = {}, {}
+    for name, call in calls.items():
+        started = time.perf_counter()
+        try:
+            call()
+        except Exception as error:                      # torch.compile wants a C++ compiler, for one
+            print(f"left out: {name} ({export.first_line(error)})")
+            continue
+        first[name], times[name] = time.perf_counter() - started, []
+        call()                                          # warm-up
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds or min(map(len, times.values())) < least:
+        for name in times:
+            calls[name]()
+            for _ in range(3):
+                started = time.perf_counter()
+                calls[name]()
+                times[name].append(time.perf_counter() - started)
+    return {name: (first[name], float(np.median(times[name]))) for name in times}
+
+
+def bound(session, x):
+    """A function that segments uint8 images B×H×W×3 of one shape in buffers on the session's device.
+
+    No buffer is allocated for a call, and their addresses stay, as a CUDA graph needs. x: an example.
+    """
+    device = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+    image = onnxruntime.OrtValue.ortvalue_from_numpy(x, device)
+    mask = onnxruntime.OrtValue.ortvalue_from_shape_and_type(x.shape[:3], np.uint8, device)
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("image", image)
+    binding.bind_ortvalue_output("mask", mask)
+
+    def call(images):
+        image.update_inplace(images)
+        session.run_with_iobinding(binding)
+        return mask.numpy()
+
+    return call
+
+
+def runtimes(module, files, network, x, device):
+    """The calls to compare on one device, uint8 images B×H×W×3 in memory to masks in memory: {name: call}.
+
+    On a GPU each file runs twice: as --run does it, and with its own buffers as a CUDA graph.
+    """
+    image, model = torch.from_numpy(x), copy.deepcopy(module).to(device)
+    compiled = torch.compile(model)
+
+    def bf16():
+        with torch.autocast(device, torch.bfloat16):
+            return compiled(image.to(device)).cpu()
+
+    calls = {"PyTorch eager fp32": lambda: model(image.to(device)).cpu(), "PyTorch compiled bf16": bf16}
+    ways = [("ONNX Runtime", "cpu", {})] if device == "cpu" else [
+        ("ONNX Runtime", "cuda", export.CUDA), ("TensorRT", "tensorrt", export.CUDA),
+        ("CUDA graph", "cuda", export.CUDA | {"enable_cuda_graph": "1"})]
+    for title, provider, cuda in ways:
+        for name, path in files.items():
+            try:
+                session = export.open_model(path, provider, cuda)
+            except export.BadInput as error:
+                print(f"left out: {error}")
+                continue
+            calls[f"{title} {name}"] = (
+                functools.partial(bound(session, x), x) if title == "CUDA graph" else
+                functools.partial(session.run, ["mask"], {"image": x}))
+    if device == "cpu":
+        options = export.open_model(files["fp32"]).get_session_options()
+        alone = onnxruntime.InferenceSession(str(network), options, providers=["CPUExecutionProvider"])
+        inner = np.zeros((len(x), 3, *alone.get_inputs()[0].shape[2:]), np.float32)
+        calls["the network alone fp32"] = lambda: alone.run(None, {"x": inner})
+        calls |= other_runtimes(files, x)
+    return calls
+
+
+def other_runtimes(files, x):
+    """The same for OpenVINO, at fp32 and as it comes, and OpenCV, each where it is installed."""
+    calls = {}
+    with contextlib.suppress(ImportError):
+        import openvino
+        for name, path in files.items():
+            for title, hint in ("", {}), (" at f32", {"INFERENCE_PRECISION_HINT": "f32"}):
+                try:
+                    model = openvino.Core().compile_model(path, "CPU", hint | {"PERFORMANCE_HINT": "LATENCY"})
+                except RuntimeError as error:           # int8 in a processor's bfloat16, for one
+                    print(f"left out: OpenVINO{title} {name} ({export.first_line(error)})")
+                    continue
+                calls[f"OpenVINO{title} {name}"] = lambda model=model: model(x)[0]
+    with contextlib.suppress(ImportError):
+        import cv2
+        for name, path in files.items():
+            net = cv2.dnn.readNetFromONNX(str(path))
+            net.setInput(x, "image")
+            calls[f"OpenCV {name}"] = lambda net=net: net.forward("mask")
+    return calls
+
+
+def bench_export(out, seconds=15.0):
+    """Time every way to run the student of `out`, a folder with student.pt and export.py's files.
+
+    Batch 1 and 8 of validation images; a table with the share of pixels that agree with PyTorch, and
+    bench.png and bench.json there. Also: what resizing, normalising and argmax add to the network, and
+    what it costs when the images' sizes change from call to call.
+    """
+    files = {name: out / f"student{kind}.onnx" for name, kind in
+             (("fp32", ""), ("fp16", ".fp16"), ("int8", ".int8")) if (out / f"student{kind}.onnx").is_file()}
+    if "fp32" not in files:
+        raise rectify.UserError(f"{out}: holds no student.onnx; write it with `python export.py`")
+    state = rectify.load_checkpoint(out / "student.pt", "student")
+    student = distill.load_student(state)
+    meta = export.open_model(files["fp32"]).get_modelmeta().custom_metadata_map
+    inner, threshold = int(meta["inner"]), float(meta["threshold"])
+    module = export.image_to_mask(student, inner, len(state["names"]), threshold)
+    train, val = rectify.splits(rectify.dataset_folder(rectify.configure(state["rectify"])))
+    images = [np.asarray(export.read_image(sample.image)[0].resize((inner, inner)))
+              for sample in (rectify.subsample(val or train, 8) * 8)[:8]]              # inner inner 3 each
+    report, rng = [], np.random.default_rng(0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        student(torch.zeros(1, 3, inner, inner))
+    flop = counter.get_total_flops()
+    print(f"{flop / 1e9:.2f} GFLOP an image at {inner}×{inner}\n")
+    print(f"{'':34}{'batch':>6}{'first call':>12}{'median':>12}{'images/s':>12}{'of the peak':>13}{'agrees':>10}")
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        network = Path(folder) / "network.onnx"
+        torch.onnx.export(student, (torch.zeros(2, 3, inner, inner),), network, dynamo=True, verbose=False,
+                          input_names=["x"], dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                          external_data=False)
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            gpu = torch.cuda.get_device_name() if device == "cuda" else ""
+            peak = next((tera * 1e12 for name, tera in PEAK.items() if name in gpu), None)
+            for batch in (1, 8):
+                x = np.stack(images[:batch])                                        # B inner inner 3
+                exact = module(torch.from_numpy(x)).numpy()
+                calls = runtimes(module, files, network, x, device)
+                for name, (first, median) in interleaved(calls, seconds).items():
+                    share = peak and flop * batch / median / peak
+                    mask = None if "alone" in name else np.asarray(calls[name]()).reshape(exact.shape)
+                    agrees = None if mask is None else float((mask == exact).mean())
+                    report.append({"name": name, "device": gpu or "CPU", "batch": batch, "of_peak": share,
+                                   "first_call_s": first, "median_ms": 1000 * median,
+                                   "images_per_s": batch / median, "agrees": agrees})
+                    print(f"{name + ', ' + (gpu or 'CPU'):<34}{batch:>6}{first:>10.2f} s{1000 * median:>9.2f} ms"
+                          f"{batch / median:>12.1f}" + (f"{share:>13.0%}" if peak else f"{'-':>13}")
+                          + (f"{'-':>10}" if agrees is None else f"{agrees:>10.2%}"))
+    session = export.open_model(files["fp32"])
+    sizes = [rng.integers(256, size=(1, inner + k, inner - k, 3), dtype=np.uint8) for k in range(8)]
+    turn = lambda order: [session.run(["mask"], {"image": image}) for image in order]
+    orders = interleaved({"changing": lambda: turn(sizes), "same": lambda: turn(sizes[:1] * 8)}, seconds / 3)
+    ms = {(r["name"], r["batch"]): r["median_ms"] for r in report if r["device"] == "CPU"}
+    ratios = {"ONNX Runtime fp32 against PyTorch eager": ms["PyTorch eager fp32", 1] / ms["ONNX Runtime fp32", 1],
+              "end to end against the network alone": ms["ONNX Runtime fp32", 1] / ms["the network alone fp32", 1],
+              "eight sizes in turn against one size": orders["changing"][1] / orders["same"][1]}
+    if "int8" in files:
+        ratios["int8 against fp32"] = ms["ONNX Runtime fp32", 1] / ms["ONNX Runtime int8", 1]
+    print("\n" + "\n".join(f"{name}, CPU, batch 1: {ratio:.2f}×" for name, ratio in ratios.items()))
+    bar_chart(report, out / "bench.png")
+    rectify.write_text(out / "bench.json", json.dumps({"rows": report, "ratios": ratios}, indent=1))
+    print(f"Wrote {out}/: bench.png, bench.json")
+
+
+def bar_chart(rows, path):
+    """Images a second of every row: a bar for batch 1 and one for batch 8 at each name."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(f"{r['name']}, {r['device']}" for r in rows))[::-1]
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.55 * len(names)), layout="constrained")
+    for batch, offset, colour in ((1, 0.2, "0.35"), (8, -0.2, "0.75")):
+        some = [r for r in rows if r["batch"] == batch]
+        at = [names.index(f"{r['name']}, {r['device']}") + offset for r in some]
+        bars = axis.barh(at, [r["images_per_s"] for r in some], 0.38, color=colour, edgecolor="black",
+                         label=f"batch {batch}")
+        axis.bar_label(bars, fmt="%.1f", padding=3)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="images/s, higher is better", title="The student, image in memory to mask in memory")
+    axis.margins(x=0.12)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"),
-                        help="folder for bench.json (default runs/bench)")
-    out, device = parser.parse_args(argv).out, rectify.pick_device(rectify.configure())
+    parser.add_argument("what", nargs="?", default="training", choices=["training", "export"])
+    parser.add_argument("--out", type=Path,
+                        help="folder for bench.json (default runs/bench); for export the folder of "
+                             "student.pt and its files (default: the newest)")
+    args = parser.parse_args(argv)
+    if args.what == "export":
+        return bench_export(args.out or rectify.newest("student.pt").parent)
+    out, device = args.out or Path("runs/bench"), rectify.pick_device(rectify.configure())
     sizes, started = SIZES[device.type], time.time()
     print(f"measuring on {device}, {torch.get_num_threads()} threads; this takes a while")
     torch.manual_seed(0)

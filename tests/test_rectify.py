@@ -940,7 +940,7 @@ def test_image_gives_an_overlay_with_a_legend(photo, method):
     assert "photo.mask.png and .overlay.png" in printed
     assert overlay.shape[1] > 2.5 * overlay.shape[0] > 1000
     assert has_colour(overlay, 0) or has_colour(overlay, 1)
-    assert not any(has_colour(overlay, c) for c in range(2, 20))        # nothing but what was asked for
+    assert not any(has_colour(overlay, c) for c in range(2, 20)), "not asked for"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -1130,14 +1130,14 @@ def test_names_from_words_or_a_file(tmp_path, text):
     if "\n" in text:
         (tmp_path / "names.txt").write_text(text)
         text = str(tmp_path / "names.txt")
-    assert rectify.class_names(Config(names=text)) == ["dog", "horse"]
+    assert rectify.class_names(configure(names=text)) == ["dog", "horse"]
 
 
 def test_names_may_be_many_or_have_dots():
     """A long list of words is not mistaken for a path, nor a full stop for a file's suffix."""
     many = [f"long class name {i}" for i in range(40)]
     assert rectify.class_names(configure(names=", ".join(many))) == many
-    assert rectify.class_names(Config(names="st. bernard, dog")) == ["st. bernard", "dog"]
+    assert rectify.class_names(configure(names="st. bernard, dog")) == ["st. bernard", "dog"]
 
 
 # ======================================================================================== bad input
@@ -1219,6 +1219,13 @@ def test_bad_input_is_named_in_one_line(small, tmp_path, what):
     assert not files(out)
 
 
+def test_without_a_list_of_val_nothing_is_measured(small, tmp_path):
+    """val.txt may be missing, unlike train.txt: the run describes its masks instead."""
+    (small / "ImageSets/Segmentation/val.txt").unlink()
+    assert "no labels, so no mIoU" in run(*own(small, tmp_path, *QUICK))
+    assert "results" not in json.loads((tmp_path / "rectify.json").read_text())
+
+
 @pytest.mark.parametrize("what", ["image cut off", "mask value outside"])
 def test_the_user_sees_one_line_and_no_traceback(small, tmp_path, what):
     """The real process: exit code 2 and nothing on stderr but the line (a progress bar that was
@@ -1297,7 +1304,7 @@ def test_resume_refuses_another_run(mini, trained, tmp_path, changed):
     assert (out / "rectify.pt").read_bytes() == (trained["reclip"].out / "rectify.pt").read_bytes()
 
 
-# ======================================================================================= the scripts
+# ==================================================================================== the scripts
 
 SCRIPTS = [rectify.HERE / name for name in ("rectify.py", "distill.py", "export.py")]
 
