@@ -462,3 +462,5 @@ def test_bench_times_every_runtime_and_says_how_far_each_agrees(exported, tmp_pa
         assert rows["ONNX Runtime fp32", batch]["agrees"] > 0.999 and rows["the network alone fp32", batch]["agrees"] is None
     assert all(row["median_ms"] > 0 and f"{row['name']}, CPU" in printed for row in rows.values())
     assert all(ratio > 0 for ratio in report["ratios"].values())
+    assert all(gigabytes < 0.6 for _, gigabytes in report["large"].values()), "of 12 megapixels, also with 150 classes"
+    assert not os.path.exists("/proc/self/status") or set(report["large"]) == {"20", "150"}
