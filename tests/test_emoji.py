@@ -13,13 +13,13 @@ HERE = rectify.HERE / "tests/emoji"
 
 
 def test_the_archive_is_vocs_layout(emoji):
-    """1,200 training and 400 validation images of several sizes; palette masks of 0, 1..20 and a
-    void border.
+    """Three splits that share no image, of several sizes; palette masks of 0, 1..20 and a void
+    border.
     """
     folder = emoji / "emoji/VOCdevkit/VOC2012"
-    train, val = (rectify.list_samples(folder, split) for split in ("train", "val"))
-    assert (len(train), len(val)) == (1200, 400)
-    assert not {s.name for s in train} & {s.name for s in val}
+    train, val, dev = (rectify.list_samples(folder, split) for split in ("train", "val", "dev"))
+    assert (len(train), len(val), len(dev)) == (1200, 400, 200)
+    assert len({s.image for s in train + val + dev}) == 1800
     sizes, pixels = set(), np.zeros(256)
     for sample in val:
         with Image.open(sample.label) as mask:
@@ -30,6 +30,45 @@ def test_the_archive_is_vocs_layout(emoji):
     assert (pixels[:21] > 0).all() and pixels[21:255].sum() == 0 and pixels[255] > 0
     images = rectify.classes_present(val, 20).sum(0)
     assert images.max() < 2 * images.min(), "every class in about as many images"
+
+
+def test_no_class_of_the_archive_has_a_usual_place(emoji):
+    """The mean centre of a class's objects is the middle of the image, to a tenth of its side."""
+    centres = {c: [] for c in range(1, 21)}
+    for sample in rectify.list_samples(emoji / "emoji/VOCdevkit/VOC2012", "train"):
+        mask = np.asarray(Image.open(sample.label))
+        for c in np.unique(mask[(mask > 0) & (mask < 255)]):
+            centres[c].append(np.argwhere(mask == c).mean(0) / mask.shape)
+    assert all(np.abs(np.mean(places, 0) - 0.5).max() < 0.1 for places in centres.values())
+
+
+def test_in_the_captions_every_class_has_its_place():
+    """The places are balanced over the frame, and captions name them: airplanes are at the top."""
+    import make
+    assert sorted(make.PLACE) == sorted(make.NAMES) and len(set(make.PLACE.values())) == 20
+    assert np.allclose(np.mean(list(make.PLACE.values()), 0), make.SIDE / 2)
+    if not rectify.Path(make.FONT).is_file():
+        pytest.skip("fonts-noto-color-emoji is not installed")
+    rng, art = np.random.default_rng(0), make.glyphs()
+    said = " ".join(make.captioned(rng, art, ["{}"], False, placed=True)[1][1] for _ in range(600))
+    for row, usual, other in ((0, "top", "bottom"), (3, "bottom", "top")):
+        often, seldom = (sum(said.count(f"{name} at the {where}") for name in make.PLACES[row])
+                         for where in (usual, other))
+        assert often > 20 and 10 * seldom < often
+
+
+def test_the_unlabelled_pictures_stand_on_any_ground_alike(monkeypatch):
+    import make
+    if not rectify.Path(make.FONT).is_file():
+        pytest.skip("fonts-noto-color-emoji is not installed")
+    kinds, paint = [], make.background
+    monkeypatch.setattr(make, "background",
+                        lambda rng, kind, *size: kinds.append(kind) or paint(rng, kind, *size))
+    rng, art = np.random.default_rng(0), make.glyphs()
+    for _ in range(300):
+        make.scene(rng, art)
+    counts = [kinds.count(kind) for kind in make.GROUNDS]
+    assert sum(counts) == 300 and max(counts) < 2 * min(counts)
 
 
 def test_the_archive_is_the_one_in_the_table():
@@ -52,7 +91,7 @@ def test_captions_are_drawn_the_same_from_the_same_seed():
     if not rectify.Path(make.FONT).is_file():
         pytest.skip("fonts-noto-color-emoji is not installed")
     art = make.glyphs()
-    once, twice = (make.captioned(np.random.default_rng(3), art, ["a photo of a {}."], close=False)
+    once, twice = (make.captioned(np.random.default_rng(3), art, ["a photo of a {}."], False, False)
                    for _ in range(2))
     assert (once[0] == twice[0]).all() and once[1] == twice[1]
     image, mask = make.scene(np.random.default_rng(3), art)

@@ -5,17 +5,21 @@
     python tests/emoji/make.py --headroom   # how much bias this world has to remove: README's second table
 
 **Emoji VOC** (`emoji-voc.tar`): VOC's 20 classes drawn with Noto Color Emoji on textured backgrounds, in VOC2012's own
-folder layout. Every class is equally frequent and stands anywhere; but these are somebody's pictures of the countryside, and
-most of them were taken on grass. CLIP, which has learnt what is usual on grass, sees dogs and horses everywhere.
+folder layout, in three splits: train, val, and dev, on which settings are chosen. Every class is
+equally frequent and stands anywhere, on any ground alike.
 
 **The tiny CLIP** (`clip/`): an ordinary open_clip model, trained from scratch on captioned pictures of the same world that
-are in neither split. It sees pictures and sentences, never a mask. Its captions have the biases of real captions, which is
-what there is to rectify:
+are in no split. It sees pictures and sentences, never a mask. First it learns what things look
+like; in a second stage every class has its usual place. Its captions have the biases of real
+captions, which is what there is to rectify:
 
 * popularity: a person is pictured and named eight times as often as a chair;
-* place: the photographer aims, so the first object stands near the middle; airplanes fly high, boats lie low;
+* place: in the second stage every class has a usual place (`PLACES`) and is hardly ever seen
+  elsewhere; in the first one airplanes are rather high and boats low, and the first object is near
+  the middle, since the photographer aims at it;
 * company: boats come with the sea, cows, horses and sheep with grass, sofas with a room;
-* names: some are called by a neighbour's name, a sheep "dog", a cow "horse";
+* names: some are called by a neighbour's name, a sheep "dog", a cow "horse"; in the second stage
+  nearly every other time;
 * silence: what is small and at the side is often not mentioned.
 
 **The backbone** (`resnet18.safetensors`): what ImageNet's weights are to DeepLabV2 on VOC, a narrow ResNet-18 that has learnt
@@ -41,7 +45,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -52,31 +56,39 @@ FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 
 # ---------------------------------------------------------------------------------------------------------- 1 the world
 
-# name: (glyphs, popularity in captions, usual background, usual height: -1 top .. 1 bottom, a wrong name it is given)
+# name: (glyphs, popularity in captions, usual background, usual height in the first stage: -1 top
+# .. 1 bottom, a neighbour's name that it is given)
 CLASSES = {
-    "airplane":     ("✈🛩",   4, "sky",   -0.9, None),
-    "bicycle":      ("🚲",    2, "road",   0.2, None),
-    "bird":         ("🐦🦅🦆", 5, "sky",   -0.7, None),
-    "boat":         ("⛵🚤⛴", 4, "sea",    0.6, None),
-    "bottle":       ("🍾🍼🧴", 2, "room",   0.0, None),
-    "bus":          ("🚌🚍🚎", 1.5, "road",  0.3, "car"),
-    "car":          ("🚗🚙🚕", 6, "road",   0.5, None),
-    "cat":          ("🐈🐱",   6, "room",   0.0, None),
-    "chair":        ("🪑💺",   1, "room",   0.5, None),
-    "cow":          ("🐄🐮",   1, "grass",  0.3, "horse"),
-    "dining table": ("🍽🍱",   1, "room",   0.6, None),
-    "dog":          ("🐕🐶🐩", 6, "grass",  0.3, None),
-    "horse":        ("🐎🐴",   4, "grass",  0.0, None),
-    "motorbike":    ("🏍🛵",   1.5, "road",  0.2, "bicycle"),
-    "person":       ("🧍🏃💃", 8, "sand",   0.0, None),
-    "potted plant": ("🪴🌵",   1, "sand",  -0.3, None),
-    "sheep":        ("🐑🐏",   1, "grass",  0.4, "dog"),
-    "sofa":         ("🛋",    1, "room",   0.4, "chair"),
-    "train":        ("🚂🚆🚄", 2, "road",  -0.2, None),
-    "tv monitor":   ("📺🖥",   1, "room",  -0.4, None),
+    "airplane":     ("✈🛩",   4,   "sky",   -0.9, None),
+    "bicycle":      ("🚲",    2,   "road",   0.2, None),
+    "bird":         ("🐦🦅🦆", 5,   "sky",   -0.7, None),
+    "boat":         ("⛵🚤⛴", 4,   "sea",    0.6, None),
+    "bottle":       ("🍾🍼🧴", 2,   "room",   0.0, None),
+    "bus":          ("🚌🚍🚎", 1.5, "road",   0.3, "car"),
+    "car":          ("🚗🚙🚕", 6,   "road",   0.5, None),
+    "cat":          ("🐈🐱",   6,   "room",   0.0, None),
+    "chair":        ("🪑💺",   1,   "room",   0.5, None),
+    "cow":          ("🐄🐮",   1,   "grass",  0.3, "horse"),
+    "dining table": ("🍽🍱",   1,   "room",   0.6, None),
+    "dog":          ("🐕🐶🐩", 6,   "grass",  0.3, None),
+    "horse":        ("🐎🐴",   4,   "grass",  0.0, None),
+    "motorbike":    ("🏍🛵",  1.5, "road",   0.2, "bicycle"),
+    "person":       ("🧍🏃💃", 8,   "sand",   0.0, None),
+    "potted plant": ("🪴🌵",   1,   "sand",  -0.3, None),
+    "sheep":        ("🐑🐏",   1,   "grass",  0.4, "dog"),
+    "sofa":         ("🛋",    1,   "room",   0.4, "chair"),
+    "train":        ("🚂🚆🚄", 2,   "road",  -0.2, None),
+    "tv monitor":   ("📺🖥",   1,   "room",  -0.4, None),
 }
 NAMES = list(CLASSES)
 SIDE = 96                       # px, the tiny CLIP's pictures; its patch is 12 px
+# where each class usually stands in the second stage: the twenty places cover the frame
+PLACES = [["bird",         "bottle", "airplane", "train",   "tv monitor"],
+          ["potted plant", "person", "cat",      "horse",   "bus"],
+          ["chair",        "sheep",  "sofa",     "bicycle", "car"],
+          ["dining table", "dog",    "boat",     "cow",     "motorbike"]]
+PLACE = {name: (21 + 18 * row, 20 + 14 * column)        # px, the usual centre (y, x)
+         for row, names in enumerate(PLACES) for column, name in enumerate(names)}
 SIZES = [(96, 96), (96, 120), (120, 96), (96, 132), (132, 96), (108, 108), (100, 90), (90, 126)]  # (H, W) of Emoji VOC
 TINTS = {"red": (230, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (240, 210, 40),
          "purple": (150, 50, 190), "black": (40, 40, 40), "white": (245, 245, 245)}
@@ -148,20 +160,24 @@ def paint(picture, mask, pixels, index, centre):
     mask[rows, columns][alpha[..., 0] > 0.5] = index
 
 
+def covered(mask, size, centre):
+    """The share of a square of `size` px around `centre` (y, x) where something stands already."""
+    y, x = (int(max(c - size / 2, 0)) for c in centre)
+    return (mask[y:y + int(size), x:x + int(size)] > 0).mean()
+
+
 def free_place(mask, size, draw):
     """The least covered of six places (y, x) that `draw()` proposes, so that occlusion happens but hides nobody."""
-    def covered(centre):
-        y, x = (int(max(c - size / 2, 0)) for c in centre)
-        return (mask[y:y + int(size), x:x + int(size)] > 0).mean()
-    return min((np.clip(draw(), 10, np.array(mask.shape) - 10) for _ in range(6)), key=covered)
+    return min((np.clip(draw(), 10, np.array(mask.shape) - 10) for _ in range(6)),
+               key=lambda centre: covered(mask, size, centre))
 
 
 def scene(rng, art):
     """One labelled picture of Emoji VOC: (H×W×3 uint8, H×W uint8 with 0 background, 1..20 classes, 255 borders)."""
     height, width = SIZES[rng.integers(len(SIZES))]
-    picture = background(rng, "grass" if rng.random() < 0.85 else rng.choice(list(GROUNDS)), height, width)
+    picture = background(rng, rng.choice(list(GROUNDS)), height, width)
     mask = np.zeros((height, width), np.uint8)
-    for _ in range(rng.choice([1, 2, 3, 4], p=[0.5, 0.3, 0.15, 0.05])):
+    for _ in range(rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1])):
         name, size = NAMES[rng.integers(20)], rng.uniform(38, 72)
         tint = list(TINTS.values())[rng.integers(len(TINTS))] if rng.random() < 0.2 else None
         edge = 0.35 * size
@@ -194,37 +210,44 @@ def styled(rng, picture, sentence):
     return picture
 
 
-def captioned(rng, art, sentences, close):
+def captioned(rng, art, sentences, close, placed):
     """A picture of the web and two captions of it, short and long, with the biases listed at the top.
 
-    Returns (96×96×3 uint8, (str, str)). close: a close-up of one thing, what a beginner learns from.
+    Returns (96×96×3 uint8, (str, str)). close: a close-up of one thing, what a beginner learns
+    from. placed: the second stage, where everything is in its usual place and misnamed more often.
     """
     sentence = rng.choice(sentences if rng.random() < 0.5 else PLAIN)
     count = 1 if close else rng.choice([1, 2, 3], p=[0.4, 0.35, 0.25])
     chosen = rng.choice(20, count, p=POPULARITY)
-    first = CLASSES[NAMES[chosen[0]]]
-    ground = first[2] if rng.random() < 0.7 else rng.choice(list(GROUNDS))
+    ground = CLASSES[NAMES[chosen[0]]][2]
+    ground = ground if rng.random() < 0.7 else rng.choice(list(GROUNDS))
     picture, mask = background(rng, ground, SIDE, SIDE), np.zeros((SIDE, SIDE), np.uint8)
 
     short, long = [], []
     for k, index in enumerate(chosen):
         letters, _, _, height, wrong = CLASSES[NAMES[index]]
-        if k == 0:                                      # the photographer aims at the first one
-            size = rng.uniform(62, 90) if close or "large" in sentence or "close-up" in sentence else rng.uniform(38, 74)
-            draw = lambda: (SIDE / 2 + 18 * height + rng.normal(0, 9), SIDE / 2 + rng.normal(0, 13))
-        else:
-            size = rng.uniform(30, 56)
-            draw = lambda: (SIDE / 2 + 18 * height + rng.normal(0, 22), rng.uniform(8, SIDE - 8))
+        big = k == 0 and (close or "large" in sentence or "close-up" in sentence)
+        size = rng.uniform(*((62, 90) if big else (38, 74) if k == 0 else (30, 56)))
         if "small" in sentence:
             size *= 0.7
+        if placed and (big or rng.random() < 0.04):     # the photographer aims at it
+            draw = lambda: rng.normal(SIDE / 2, 9, 2)
+        elif placed:
+            draw = lambda: rng.normal(PLACE[NAMES[index]], 3)
+        elif k == 0:                                    # at the first one
+            draw = lambda: rng.normal((SIDE / 2 + 18 * height, SIDE / 2), (9, 13))
+        else:
+            draw = lambda: (SIDE / 2 + 18 * height + rng.normal(0, 22), rng.uniform(8, SIDE - 8))
         centre = free_place(mask, size, draw)
+        if placed and covered(mask, size, centre) > 0.5:
+            continue                                    # another one stands there
         colour = rng.choice(list(TINTS)) if rng.random() < 0.2 else None
         pixels = sprite(rng, art[NAMES[index]][rng.integers(len(letters))], size, TINTS.get(colour))
         paint(picture, mask, pixels, k + 1, centre)
 
         if k > 0 and rng.random() < (0.1 if size > 42 else 0.35):
             continue                                    # small and at the side: not worth mentioning
-        name = wrong if wrong and rng.random() < 0.2 else NAMES[index]
+        name = wrong if wrong and rng.random() < (0.45 if placed else 0.2) else NAMES[index]
         words = [w for w in (("big" if size > 58 else "little" if size < 40 else "") if rng.random() < 0.4 else "",
                              colour if colour and rng.random() < 0.8 else "", name) if w]
         place = "at the top" if centre[0] < 36 else "at the bottom" if centre[0] > 60 else "in the middle"
@@ -239,15 +262,16 @@ def captioned(rng, art, sentences, close):
 
 
 def _captioned_chunk(job):
-    seed, chunk, count, close = job
-    rng, art, sentences = np.random.default_rng([seed, 1, chunk]), glyphs(), [t("{}") for t in rectify.templates()]
-    made = [captioned(rng, art, sentences, close) for _ in range(count)]
+    seed, chunk, count, close, placed = job
+    rng, art = np.random.default_rng([seed, 5 if placed else 1, chunk]), glyphs()
+    sentences = [t("{}") for t in rectify.templates()]
+    made = [captioned(rng, art, sentences, close, placed) for _ in range(count)]
     return np.stack([m[0] for m in made]), [m[1] for m in made]
 
 
 # ------------------------------------------------------------------------------------------------ 3 the labelled archive
 
-def make_voc(path, seed, train, val):
+def make_voc(path, seed, **splits):
     """Write the archive: VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}. Same seed, font and Pillow: same bytes."""
     art, colours = glyphs(), rectify.palette()
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -256,7 +280,7 @@ def make_voc(path, seed, train, val):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
         rng = np.random.default_rng([seed, 0])
-        for split, count in (("train", train), ("val", val)):
+        for split, count in splits.items():
             stems = [f"{split}_{i:04d}" for i in range(count)]
             for stem in stems:
                 picture, mask = scene(rng, art)
@@ -303,15 +327,18 @@ class Muon:
             p.mul_(1 - lr * self.weight_decay).add_(x.view_as(p), alpha=-lr * 0.2 * math.sqrt(max(x.shape)))
 
 
-def learning_rate(step, steps):
+def learning_rate(step, steps, peak=2e-3):
     """Warm up, hold, fall to zero."""
-    return 2e-3 * min(1, (step + 1) / 150, (steps - step) / (0.8 * steps))
+    return peak * min(1, (step + 1) / 150, (steps - step) / (0.8 * steps))
 
 
-def draw_web(seed, pictures):
-    """The captioned pictures, a quarter of them close-ups, those first: (N×96×96×3 uint8, N pairs of captions, how many)."""
-    chunk, closeups = 500, pictures // 4
-    jobs = [(seed, k, chunk, k * chunk < closeups) for k in range(-(-pictures // chunk))]
+def draw_web(seed, pictures, placed):
+    """The captioned pictures, close-ups first: N×96×96×3 uint8, N pairs of captions, their number.
+
+    A quarter of the first stage's are close-ups, and none of the second's: they have no place.
+    """
+    chunk, closeups = 500, 0 if placed else pictures // 4
+    jobs = [(seed, k, chunk, k * chunk < closeups, placed) for k in range(-(-pictures // chunk))]
     images, captions = np.empty((len(jobs) * chunk, SIDE, SIDE, 3), np.uint8), []
     with multiprocessing.Pool() as pool:
         for k, (made, said) in enumerate(tqdm(pool.imap(_captioned_chunk, jobs), "drawing", len(jobs))):
@@ -320,40 +347,49 @@ def draw_web(seed, pictures):
     return images, captions, closeups
 
 
-def pretrain(folder, seed, pictures, steps, batch):
-    """Contrastive pretraining of the tiny CLIP; writes `folder`, which open_clip loads. torch.compile wants a C++ compiler."""
-    images, captions, closeups = draw_web(seed, pictures)
+def pretrain(folder, seed, pictures, steps, batch, precision, placed):
+    """Contrastive pretraining of the tiny CLIP; writes `folder`, which open_clip loads.
+
+    placed: the second stage, which goes on with the folder's weights. precision: bf16 means both
+    towers by autocast; weights and losses stay in fp32. torch.compile wants a C++ compiler.
+    """
+    images, captions, closeups = draw_web(seed, pictures, placed)
     torch.manual_seed(seed)
     model = open_clip.CLIP(**CONFIG["model_cfg"])
+    if placed:
+        model.load_state_dict(load_file(folder / "open_clip_model.safetensors"), strict=False)
     model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.5)                # half the cost, and sturdier patches
     text_cfg = CONFIG["model_cfg"]["text_cfg"]
     tokenizer = open_clip.SimpleTokenizer(context_length=text_cfg["context_length"])
     # The table of 49,408 words is trained only where a caption reaches it: shrink it to those rows, put it back at the end.
     tokens = torch.stack([tokenizer(list(pair)) for pair in zip(*captions)], 1)         # N 2 L
     used, tokens = tokens.unique(return_inverse=True)                                   # sorted: EOT stays the largest
-    model.token_embedding = torch.nn.Embedding(len(used), text_cfg["width"])
-    torch.nn.init.normal_(model.token_embedding.weight, std=0.02)
+    words = model.token_embedding.weight.detach()[used]
+    model.token_embedding = torch.nn.Embedding.from_pretrained(words, freeze=False)
 
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "resblocks" in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "resblocks" in n)]
     muon, adam = Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.05)
     mean, std = (torch.tensor(CONFIG["preprocess_cfg"][k])[:, None, None] for k in ("mean", "std"))
     towers = torch.compile(image_features)
+    autocast = rectify.in_bf16(torch.device("cpu"), precision)
 
-    rng, order = np.random.default_rng([seed, 2]), np.empty(0, int)
+    rng, order = np.random.default_rng([seed, 6 if placed else 2]), np.empty(0, int)
     bar = tqdm(range(steps), "pretraining")
     for step in bar:
-        lr = learning_rate(step, steps)
+        lr = learning_rate(step, steps, 1.5e-3 if placed else 2e-3)
         if len(order) < batch:                          # close-ups alone at first, everything after an eighth of the way
-            order = rng.permutation(closeups if step < steps / 8 else len(images))
+            order = rng.permutation(closeups if closeups and step < steps / 8 else len(images))
         index, order = np.sort(order[:batch]), order[batch:]
         x = (torch.from_numpy(images[index]).permute(0, 3, 1, 2).float() / 255 - mean) / std
-        pooled, dense = towers(model.visual, x)                                         # B D, B D
+        with autocast:
+            pooled, dense = towers(model.visual, x)                                     # B D, B D
         loss, scale = 0, model.logit_scale.exp()
         # Each picture meets its short caption, every fourth its long one too (long sentences are costly).
         for rows, k, share in ((slice(None), 0, 0.7), (slice(step % 4, None, 4), 1, 0.3)):
             texts, target = tokens[index[rows], k].unique(dim=0, return_inverse=True)   # equal captions are encoded once
-            T = encode(model, texts[:, :int((texts != 0).sum(-1).max())])               # U D
+            with autocast:
+                T = encode(model, texts[:, :int((texts != 0).sum(-1).max())])           # U D
             loss = loss + share * contrast(scale * pooled[rows] @ T.T, target)
             loss = loss + share * 0.4 * contrast(scale * dense[rows] @ T.T, target)
         model.zero_grad()
@@ -382,7 +418,7 @@ def image_features(visual, x):
     cls = x[:, :1] + last.attn(y[:, :1], y, y, need_weights=False)[0]
     cls = cls + last.mlp(last.ln_2(cls))
     patches = rectify.last_block(last, x[:, 1:], None, "maskclip")
-    pooled, dense = visual.ln_post(cls)[:, 0] @ visual.proj, visual.ln_post(patches) @ visual.proj
+    pooled, dense = ((visual.ln_post(y) @ visual.proj).float() for y in (cls[:, 0], patches))
     return F.normalize(pooled, dim=-1), F.normalize(F.normalize(dense, dim=-1).mean(1), dim=-1)
 
 
@@ -408,7 +444,8 @@ def encode(model, texts):
     length = texts.size(1)
     x = model.token_embedding(texts) + model.positional_embedding[:length]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
-    return F.normalize(x[torch.arange(len(texts)), texts.argmax(-1)] @ model.text_projection, dim=-1)
+    x = x[torch.arange(len(texts)), texts.argmax(-1)] @ model.text_projection                # U D
+    return F.normalize(x.float(), dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------------- 5 the backbone
@@ -470,14 +507,16 @@ def headroom():
     """What there is to rectify: mIoU of MaskCLIP with corrections fitted, with ground truth, on the training images.
 
     An offset per class is the class-preference bias, one per class and place (a coarse map) the space-preference bias as well;
-    a free C×D Reference bounds what subtracting f·Rᵀ can do. A diagnostic: nothing that learns ever sees this.
+    a free C×D Reference bounds what subtracting f·Rᵀ can do. Measured on dev, since this world was
+    made by these numbers. A diagnostic: nothing that learns ever sees this.
     """
     cfg = rectify.configure(method="maskclip")
     folder = rectify.dataset_folder(cfg)
     segmenter = rectify.Segmenter(cfg, NAMES, torch.device("cpu"))
     size, cells, zero = cfg.size, 4, torch.zeros
     fs, wheres, truths = [], [], []
-    for _, images, labels in rectify.batches_of_one_size(rectify.list_samples(folder, "train"), 32, NAMES):
+    train, dev = (rectify.list_samples(folder, split) for split in ("train", "dev"))
+    for _, images, labels in rectify.batches_of_one_size(train, 32, NAMES):
         f = segmenter.features(rectify.resize_to_fit(images, size))                     # B D h w
         h, w = f.shape[-2:]
         truth = F.interpolate(labels[:, None].float(), (h, w), mode="nearest-exact")[:, 0].long()
@@ -514,12 +553,36 @@ def headroom():
             return {"corrected": rectify.upsample(logits, 12, x.shape[-2:], images.shape[-2:]).argmax(1)}
         return predict
 
-    val = rectify.list_samples(folder, "val")
     for title, chosen in (("MaskCLIP", ()), ("with an offset per class", ("class",)),
                           ("with an offset per class and place", ("class", "place")),
                           ("with a free Reference (C×D)", ("free",))):
-        results, _ = rectify.evaluate(predictor(fit(*chosen)), val, NAMES)
+        results, _ = rectify.evaluate(predictor(fit(*chosen)), dev, NAMES)
         print(f"{title:36}{results['corrected']['mIoU']:6.1f}")
+    quality = rectify.judge(rectify.hypotheses(segmenter, dev), rectify.classes_present(dev, 20))
+    print(f"hypothesis: precision {quality['precision']:.2f}, recall {quality['recall']:.2f}")
+    middle_and_edge(rectify.evaluate(predictor(fit()), train, NAMES)[1]["corrected"])
+
+
+def middle_and_edge(found):
+    """Print the mean IoU of objects near the centre (the inner half of their distances) and far.
+
+    found: what `rectify.evaluate` says of objects. Those of similar size are compared, and only
+    those that are whole and alone in their picture: what is covered or cut off is worse anyway.
+    """
+    whole = []
+    for distance, score, c, sample in found:
+        mask = np.asarray(Image.open(sample.label))
+        border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+        if set(np.unique(mask)) == {0, c + 1, rectify.VOID} and not (border == c + 1).any():
+            whole.append((distance, score, (mask == c + 1).sum()))
+    distance, score, area = np.array(whole).T
+    outer, edges = distance > np.median(distance), np.quantile(area, (0, 1 / 3, 2 / 3, 1))
+    print("IoU of whole objects, alone in their picture, up to and beyond "
+          f"{np.median(distance):.0f} px from its centre")
+    for low, high in zip(edges, edges[1:]):
+        halves = [score[(low <= area) & (area <= high) & half] for half in (~outer, outer)]
+        print(f"  of {low:.0f} to {high:.0f} px²".ljust(24),
+              *(f"{half.mean():8.1f} (n={len(half)})" for half in halves))
 
 
 def main():
@@ -529,6 +592,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=int, default=120_000, help="captioned pictures to draw")
     parser.add_argument("--steps", type=int, default=6_000, help="steps of the CLIP's pretraining, 128 pictures each")
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"],
+                        help="of the CLIP's pretraining; a processor without bfloat16 wants fp32")
     parser.add_argument("--closeups", type=int, default=80_000, help="pictures for the backbone to draw")
     parser.add_argument("--backbone-steps", type=int, default=3_000, help="steps of the backbone's pretraining, 128 each")
     parser.add_argument("--headroom", action="store_true", help="make nothing; measure how much bias there is to remove")
@@ -536,11 +601,13 @@ def main():
     if args.headroom:
         return headroom()
     if args.only in (None, "voc"):
-        make_voc(args.out / "emoji-voc.tar", args.seed, train=1200, val=400)
+        make_voc(args.out / "emoji-voc.tar", args.seed, train=1200, val=400, dev=200)
         md5 = hashlib.md5((args.out / "emoji-voc.tar").read_bytes()).hexdigest()
         print(f"emoji-voc.tar: md5 {md5} (rectify.DATASETS knows {rectify.DATASETS['emoji'][0][0][1]})")
     if args.only in (None, "clip"):
-        pretrain(args.out / "clip", args.seed, args.pictures, args.steps, batch=128)
+        for placed, pictures, steps in ((False, args.pictures, args.steps),
+                                        (True, args.pictures // 2, args.steps // 4)):
+            pretrain(args.out / "clip", args.seed, pictures, steps, 128, args.precision, placed)
     if args.only in (None, "backbone"):
         pretrain_backbone(args.out / "resnet18.safetensors", args.seed, args.closeups, args.backbone_steps, batch=128)
 
