@@ -558,7 +558,8 @@ def headroom():
                           ("with a free Reference (C×D)", ("free",))):
         results, _ = rectify.evaluate(predictor(fit(*chosen)), dev, NAMES)
         print(f"{title:36}{results['corrected']['mIoU']:6.1f}")
-    quality = rectify.judge(rectify.hypotheses(segmenter, dev), rectify.classes_present(dev, 20))
+    y, there = rectify.hypotheses(segmenter, dev), rectify.classes_present(dev, 20)
+    quality = rectify.precision_recall(y, there)
     print(f"hypothesis: precision {quality['precision']:.2f}, recall {quality['recall']:.2f}")
     middle_and_edge(rectify.evaluate(predictor(fit()), train, NAMES)[1]["corrected"])
 
