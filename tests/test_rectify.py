@@ -1348,3 +1348,14 @@ def test_rectify_imports_nothing_of_ours():
     ours = {path.stem for folder in ("", "tests", "tests/emoji")
             for path in (rectify.HERE / folder).glob("*.py")}
     assert "torch" in imported and "distill" in ours and not imported & ours
+
+
+@pytest.mark.parametrize("collapsed", [True, False])
+def test_a_collapse_is_visible(mini, tmp_path, monkeypatch, capsys, collapsed):
+    """Masks that give every image the same class are called by their name, with the mend."""
+    if collapsed:
+        monkeypatch.setattr(rectify, "gumbel_mask", lambda logits, alpha: 0 * logits + F.one_hot(
+            torch.zeros_like(logits[:, 0], dtype=torch.long), 20).movedim(-1, 1))
+    main([str(a) for a in own(mini, tmp_path / "out", "--epochs", 1)])
+    assert ("hardly depend on the image" in capsys.readouterr().err) == collapsed
+    assert (log(tmp_path / "out")[0]["agreement"] == 1) == collapsed

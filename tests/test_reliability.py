@@ -796,6 +796,9 @@ def test_closed_streams_are_no_errors(monkeypatch, own, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_orderly(capsys, number, tmp_path):
     """One line, the shell's code for it, and nothing half-written or locked."""
+    if number == signal.SIGINT:                         # a shell's background job ignores it
+        signal.signal(number, signal.default_int_handler)
+
     def main():
         with rectify.output_folder(tmp_path), rectify.whole_file(tmp_path / "file") as temporary:
             temporary.write_text("half")
