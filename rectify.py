@@ -8,12 +8,12 @@ alone, subtracts them, and measures what that gains.
     python rectify.py                     # Emoji VOC ships with the repository: no GPU, no internet
     python rectify.py --method reclip         # the CVPR paper's bias model instead of the journal's
     python rectify.py --dataset voc        # PASCAL VOC 2012 with OpenAI's ViT-B/16; or context, ade
-    python rectify.py --dataset voc --data photos --names names.txt         # images of your own
+    python rectify.py --data photos --names names.txt                       # images of your own
     python rectify.py --image photo.jpg --names "dog, horse"                # one image, any words
     torchrun --nproc-per-node 4 rectify.py --dataset ade                    # several GPUs
 
 The first two give, in mIoU over seeds 0, 1, 2: MaskCLIP 53.6, ReCLIP 60.1 ± 0.3, ReCLIP++
-72.0 ± 0.3, each in about 80 s on 2 CPU cores.
+72.0 ± 0.3, each in about 80 s on 2 CPU cores (README tells which code and machine).
 
 Read it from top to bottom: 1 recipes and configuration, 2 CLIP, 3 the method, 4 training,
 5 prediction. Below the ruler stands what serves the method: 6 metric, 7 datasets, 8 figures,
@@ -1907,11 +1907,12 @@ def flag(name):
 
 
 def refuse_odd_numbers(cfg):
-    """Raise UserError for what no field of a Config may be: not finite, or larger than 2^31."""
+    """Raise UserError for what no number in a Config may be: not finite, or an int beyond 2^32."""
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         for number in value if isinstance(value, tuple) else [value]:
-            if isinstance(number, (int, float)) and not abs(number) < 2 ** 32:
+            limit = 2 ** 32 if isinstance(number, int) else math.inf
+            if isinstance(number, (int, float)) and not abs(number) < limit:
                 raise UserError(f"{flag(f.name)} {number}: not a sensible number")
         if f.name in ("weight_decay", "lr_encoder", "head", "floor") and value < 0:
             raise UserError(f"{flag(f.name)} {value}: from 0 on")
