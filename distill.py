@@ -488,11 +488,6 @@ def check_masks(folder, samples, classes):
 
     Raises UserError for the first that is not as it must be.
     """
-    owner = {}
-    for sample in samples:
-        if owner.setdefault(sample.name, sample.image) != sample.image:
-            raise UserError(f"{sample.image}: has its mask {sample.name}.png in common with "
-                            f"{owner[sample.name].name}; rename it")
     missing = [s.name for s in samples if not (folder / f"{s.name}.png").is_file()]
     if missing:
         raise UserError(f"{folder}: {len(missing)} of {len(samples)} training images have no mask; "
