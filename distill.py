@@ -36,10 +36,10 @@ from torchvision.transforms import v2
 from rectify import (
     HERE, RANK, VOID, WORLD, PhotometricDistort, UserError, check_trained, command_line,
     contrastive_loss, dataset_folder, decide, denoise, digest, epoch_order, evaluate, figure4,
-    figure5, flag, hypothesize, in_bf16, list_files, load_checkpoint, load_image, load_label,
-    load_segmenter, newest, option, output_folder, predictor, print_table, rank_zero_first,
-    read_ahead, resize_to_fit, run, save, save_figure, similarity, splits, tqdm, versions, wrap_ddp,
-    write_text)
+    figure5, flag, hypothesize, in_bf16, list_digest, list_files, load_checkpoint, load_image,
+    load_label, load_segmenter, newest, option, output_folder, predictor, print_table,
+    rank_zero_first, read_ahead, refuse_odd_numbers, resize_to_fit, run, save, save_figure,
+    similarity, splits, tqdm, versions, wrap_ddp, write_text)
 
 # ====================================================================== 1 recipes and configuration
 
@@ -102,7 +102,7 @@ class Config:
     eval: str = option("measure this student.pt instead of training", default="", free=True)
 
 
-def configure(teacher, trained=None, **typed):
+def configure(teacher, trained=None, /, **typed):
     """The complete Config: what was typed, over the dataset's recipe, over the teacher's sizes.
 
     teacher: the Config of rectify.pt. trained: the configuration in a student's checkpoint, which
@@ -117,6 +117,7 @@ def configure(teacher, trained=None, **typed):
     else:
         check_trained(Config, trained, typed)
     cfg = Config(**trained | typed | {"out": teacher.out})
+    refuse_odd_numbers(cfg)
     by_folder = cfg.teacher not in METHODS
     weights = (cfg.mask_weight, cfg.text_weight, 0 if by_folder else cfg.feature_weight)
     for bad, message in [
@@ -487,11 +488,6 @@ def check_masks(folder, samples, classes):
 
     Raises UserError for the first that is not as it must be.
     """
-    owner = {}
-    for sample in samples:
-        if owner.setdefault(sample.name, sample.image) != sample.image:
-            raise UserError(f"{sample.image}: has its mask {sample.name}.png in common with "
-                            f"{owner[sample.name].name}; rename it")
     missing = [s.name for s in samples if not (folder / f"{s.name}.png").is_file()]
     if missing:
         raise UserError(f"{folder}: {len(missing)} of {len(samples)} training images have no mask; "
@@ -590,7 +586,7 @@ def measure(student, segmenter, cfg, val, out):
             print(f"{plus}: has other classes or another schedule than this student; left out")
     students["student"] = student
     rectified, C, p = predictor(segmenter), len(segmenter.names), segmenter.cfg.threshold
-    names, base = segmenter.classes, segmenter.cfg.label_base
+    names, base = segmenter.classes, cfg.label_base
     predict = lambda images: rectified(images) | {
         name: predict_student(net, images, cfg, C, p) for name, net in students.items()}
     results, found = evaluate(predict, val, names, base)
@@ -639,7 +635,8 @@ def learn(cfg, segmenter, samples, out, state):
     print(f"{cfg.teacher} teaches {cfg.backbone}, {size:.2f} M parameters: {len(samples)} images, "
           f"{len(names)} classes, {segmenter.device}")
     fixed = {"config": asdict(cfg), "names": names, "background": segmenter.background,
-             "rectify": asdict(segmenter.cfg), "taught_by": digest(segmenter.rectifier)}
+             "rectify": asdict(segmenter.cfg), "taught_by": digest(segmenter.rectifier),
+             "images": list_digest(samples)}
     train(student, teacher, samples, cfg, fixed, out, state)
     state = fixed | {"student": student.state_dict(), "mIoU": None}
     if RANK == 0:
@@ -648,23 +645,29 @@ def learn(cfg, segmenter, samples, out, state):
     return student, state
 
 
+def place_of(cfg, segmenter):
+    """The folder of a student: the run's, and in it one for another teacher than the run's."""
+    other = cfg.teacher != segmenter.cfg.method
+    return Path(cfg.out) / (Path(cfg.teacher).resolve().name if other else "")
+
+
 def open_student(segmenter, typed):
     """(Config, folder of the student, checkpoint or None): to measure, to go on with, or to begin.
 
     Raises UserError.
     """
     cfg = configure(segmenter.cfg, **typed)
-    folder = Path(cfg.teacher).resolve().name if cfg.teacher != segmenter.cfg.method else ""
-    out = Path(cfg.out) / folder
-    kept = [out / "distill.partial.pt", out / "student.pt"] if cfg.resume else []
-    kept = [Path(cfg.eval)] if cfg.eval else [path for path in kept if path.is_file()]
+    kept = [place_of(cfg, segmenter) / name for name in ("distill.partial.pt", "student.pt")]
+    kept = [path for path in kept if path.is_file()] if cfg.resume else []
+    kept = [Path(cfg.eval)] if cfg.eval else kept
     if not kept:
-        return cfg, out, None
+        return cfg, place_of(cfg, segmenter), None
     state = load_checkpoint(kept[0], "student")
     if (state["names"], state["taught_by"]) != (segmenter.names, digest(segmenter.rectifier)):
         raise UserError(f"{kept[0]}: has another teacher than {cfg.out}/rectify.pt; leave out "
                         "--resume, or distil again")
-    return configure(segmenter.cfg, state["config"], **typed), out, state
+    cfg = configure(segmenter.cfg, state["config"], **typed)
+    return cfg, place_of(cfg, segmenter), state
 
 
 def main(argv=None):
@@ -677,6 +680,9 @@ def main(argv=None):
         folder = dataset_folder(segmenter.cfg)
     samples, val = splits(folder)
     cfg, out, state = open_student(segmenter, typed)
+    if cfg.resume and state and state.get("images") != list_digest(samples):
+        raise UserError(f"{folder}: its list of training images changed since {out} was "
+                        "trained; leave out --resume")
     torch.manual_seed(cfg.seed)
     with output_folder(out):
         path = Path(cfg.eval or out / "student.pt")

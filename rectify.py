@@ -8,12 +8,12 @@ alone, subtracts them, and measures what that gains.
     python rectify.py                     # Emoji VOC ships with the repository: no GPU, no internet
     python rectify.py --method reclip         # the CVPR paper's bias model instead of the journal's
     python rectify.py --dataset voc        # PASCAL VOC 2012 with OpenAI's ViT-B/16; or context, ade
-    python rectify.py --dataset voc --data photos --names names.txt         # images of your own
+    python rectify.py --data photos --names names.txt                       # images of your own
     python rectify.py --image photo.jpg --names "dog, horse"                # one image, any words
     torchrun --nproc-per-node 4 rectify.py --dataset ade                    # several GPUs
 
 The first two give, in mIoU over seeds 0, 1, 2: MaskCLIP 53.6, ReCLIP 60.1 ± 0.3, ReCLIP++
-72.0 ± 0.3, each in about 80 s on 2 CPU cores.
+72.0 ± 0.3, each in about 80 s on 2 CPU cores (README tells which code and machine).
 
 Read it from top to bottom: 1 recipes and configuration, 2 CLIP, 3 the method, 4 training,
 5 prediction. Below the ruler stands what serves the method: 6 metric, 7 datasets, 8 figures,
@@ -69,8 +69,9 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 # Rank, world size and local rank from torchrun; 0, 1, 0 without it.
-RANK, WORLD, LOCAL = (int(number) if (number := os.environ.get(name, "")).isdigit() else default
-                      for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+RANK, WORLD, LOCAL = (int(number) if (number := os.environ.get(name, "")).isdecimal() else 0
+                      for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+RANK, WORLD, LOCAL = (RANK, WORLD, LOCAL) if WORLD > 1 else (0, 1, 0)
 if RANK > 0:                                                        # elsewhere TQDM_DISABLE decides
     tqdm = functools.partial(tqdm, disable=True)
 
@@ -120,7 +121,6 @@ RECIPES = {
 # from CLIP as it was trained.
 REGIME_2024 = dict(clip="ViT-B-16", normalization="imagenet")
 ATTENTION = ["maskclip", "sclip", "clearclip", "naclip"]
-COLLAPSED = 0.5                         # an `agreement` above it is a collapse; sound runs have 0.1
 
 
 def option(help, choices=None, default=MISSING, free=False):
@@ -165,7 +165,7 @@ class Config:
                         ["ours", "authors"])
     alpha: float = option("scale of the logits before Gumbel-Softmax")
     sharpness: float = option("scale of the logits before probabilities are compared", free=True)
-    denoise: float = option("drop classes nowhere more probable than this; 0: off", free=True)
+    denoise: float = option("drop classes nowhere more probable; 1: for VOC alone", free=True)
     optimizer: str = option("optimizer", ["sgd", "adam"])
     lr: float = option("learning rate of the prompt")
     lr_conv: float = option("learning rate of the convolutions of P and of the decoder")
@@ -347,7 +347,7 @@ def reference_features(clip, V, tokens):
     x, place, mask = pack_prompts(text, V, tokens)                          # prompts S d, S, S S
     x = text.ln_final(text.transformer(x + text.positional_embedding[place], attn_mask=mask))
     x = x[:, 1 + V.size(-2):].reshape(*tokens.shape, -1)                    # C n d, the names alone
-    x = x[torch.arange(len(x)), tokens.argmax(1)]                   # C d, at EOT: the largest token
+    x = x[torch.arange(len(x), device=x.device), tokens.argmax(1)]  # C d, at EOT: the largest token
     return x @ text.text_projection                                         # C D
 
 
@@ -598,7 +598,7 @@ def train(segmenter, data, N, out, state=None):
             (weight * loss).backward()
             optimizer.step()
             losses += weight * size / N * loss.detach()
-            masks += (M.detach() * inside[:, None]).sum(0)                  # C h w
+            masks += (weight > 0) * (M.detach() * inside[:, None]).sum(0)                  # C h w
             bar.update()
         finish_epoch(segmenter, optimizer, schedule, losses, masks, log, bar, out)
     bar.close()
@@ -840,6 +840,9 @@ DATASETS = {
             "ADEChallengeData2016", ADE_NAMES)}
 MASK_ENDINGS = ("_mask", "_masks", "_label", "_labels", "_gt", "_seg", ".mask", ".overlay")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+MADE = {"student.pt", "student.onnx", "student.fp16.onnx", "student.int8.onnx", "distill.json",
+        "distill.partial.pt", "export.json", "figure1a.png", "figure4.png", "figure5.png",
+        "rectify.json", "bench.png", "bench.json"}
 VOID = 255
 SLOWEST = 1000                                          # bytes a second; a slower download gives up
 LARGEST_MASK = 2 ** 23                                           # pixels at which a mask is decided
@@ -916,7 +919,8 @@ def unpack(archive, md5, target):
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        shutil.unpack_archive(archive, partial, filter="data")
+        safe = {} if archive.suffix == ".zip" else {"filter": "data"}  # zips leave such members out
+        shutil.unpack_archive(archive, partial, **safe)
         partial.rename(target)
     except Exception as error:     # damaged archives raise a dozen classes that have none in common
         shutil.rmtree(partial, ignore_errors=True)
@@ -1041,7 +1045,7 @@ def name_lines(cfg):
 def class_names(cfg):
     """The class names, each with its synonyms: "person, woman, man". Raises UserError."""
     lines = name_lines(cfg)[1:] if cfg.background == "first" else name_lines(cfg)
-    names = [line for line in lines if not line.startswith("background:")]
+    names = [line for line in lines if not line.lower().startswith("background:")]
     titles = [name.split(", ")[0] for name in names]
     twice = "".join([title for title in titles if titles.count(title) > 1][:1])
     numbered = "".join([title for title in titles if title.isdigit()][:1])
@@ -1051,7 +1055,7 @@ def class_names(cfg):
             (numbered, f"a line begins with {numbered}; write one class name a line"),
             ("background" in map(str.lower, titles), "a class 'background': write 'background: "
              "sky, wall, ...', the words that it stands for"),
-            (not all(map(str.isprintable, names)), "holds control characters"),
+            (not all(map(str.isprintable, lines)), "holds control characters"),
             (len(names) >= VOID, f"{len(names)} names; a mask of 8 bits holds {VOID - 1}")]:
         if bad:
             raise UserError(f"{cfg.names}: {message}")
@@ -1062,13 +1066,15 @@ def background_words(cfg):
     """The words that stand for none of the classes: --background's, or those of a line "background:
     sky, wall" of --names. field: VOC21's of SCLIP's protocol. first: the first line of --names.
     """
-    lines = [line.removeprefix("background:") for line in name_lines(cfg)
-             if line.startswith("background:")]
+    lines = [line.partition(":")[2] for line in name_lines(cfg)
+             if line.lower().startswith("background:")]
     if cfg.background == "first":
         lines = name_lines(cfg)[:1]
     elif cfg.background:
         lines = [VOC_BACKGROUND if cfg.background == "field" else cfg.background]
-    return [word.strip() for line in lines for word in line.split(",") if word.strip()]
+    own = {word for name in class_names(cfg) for word in name.split(", ")}
+    words = [word.strip() for line in lines for word in line.split(",")]
+    return [word for word in words if word and word not in own]
 
 
 def list_samples(folder, split):
@@ -1128,24 +1134,25 @@ def find_images(folder, say=True):
     masks = [name for name in images if any(name.lower().endswith(ending)
              and name[:-len(ending)] in images for ending in MASK_ENDINGS)]
     skipped.update({"masks": len(masks)} if masks else {})
-    what = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common(5))
+    what = printable(", ".join(f"{count} {kind}" for kind, count in skipped.most_common(5)))
     heic = "; convert HEIC to JPEG first" if {".heic", ".heif"} & skipped.keys() else ""
     images = {name: path for name, path in images.items() if name not in masks}
     if not images:
         raise UserError(f"{folder}: holds no images ({' '.join(SUFFIXES)})"
                         + (f", only {what}{heic}" if what else ""))
     if what and say:
-        print(f"{folder}: skipped {what}{heic}")
+        print(printable(f"{folder}: skipped {what}{heic}"))
     return images
 
 
 def listed_name(line, images):
     """The image's name in a line of a list: a name, or a name with a suffix, a path or a flag."""
-    line, first = line.strip(), line.split()[0]
-    parts = first.split("/")
-    tails = ["/".join(parts[k:]) for k in range(len(parts))]                # the longest first
-    names = [line, *(name for tail in tails for name in (tail, tail.rpartition(".")[0]))]
-    return next((name for name in names if name in images), first)
+    line, (first, *rest) = line.strip(), line.split()
+    column = Path(first).suffix.lower() in SUFFIXES or all(w.lstrip("-").isdigit() for w in rest)
+    text = first if column and line not in images else line            # names may have spaces
+    tails = [text.split("/", k)[-1] for k in range(text.count("/") + 1)]    # the longest first
+    names = [name for tail in tails for name in (tail, tail.rpartition(".")[0])]
+    return next((name for name in names if name in images), text)
 
 
 def splits(folder):
@@ -1594,7 +1601,7 @@ def whole_file(path):
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})")
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})")
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -1608,8 +1615,9 @@ def locked(path, wait):
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"{path.parent}: process {read_text(owner).strip()} is writing there; wait "
-                        "for its end, or give another --out")
+        who = f"process {read_text(owner).strip()}" if owner.is_file() else "another process"
+        raise UserError(f"{path.parent}: {who} is writing there; wait for its end, or give another "
+                        "--out")
     try:
         owner.write_text(str(os.getpid()))
         yield
@@ -1622,13 +1630,14 @@ def output_folder(out):
     """Make the folder of a run and keep other runs out of it. Raises UserError, also where it
     cannot be written to.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = locked(out / ".lock", wait=False) if RANK == 0 else contextlib.nullcontext()
-        with lock:
-            yield
-    except PermissionError as error:
-        raise UserError(f"{out}: cannot be written to ({error.strerror}); give another --out")
+    with contextlib.ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if RANK == 0:
+                stack.enter_context(locked(out / ".lock", wait=False))
+        except PermissionError as error:
+            raise UserError(f"{out}: cannot be written to ({error.strerror}); give another --out")
+        yield
 
 
 def read_text(path):
@@ -1655,12 +1664,14 @@ def write_text(path, text):
 
 def list_files(folder):
     """The names of the files in a folder, for the last line of a run."""
-    return ", ".join(sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")))
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    return printable(", ".join(names))
 
 
 def list_digest(samples):
     """A short name of a list of images: equal lists have equal digests."""
-    return hashlib.md5("\n".join(sample.name for sample in samples).encode()).hexdigest()
+    names = "\n".join(sample.name for sample in samples)
+    return hashlib.md5(names.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def digest(module):
@@ -1686,7 +1697,7 @@ def restore(segmenter, state):
         if state["clip"]:
             segmenter.clip.visual.load_state_dict(state["clip"])
     except (RuntimeError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{segmenter.cfg.out}: the checkpoint's weights do not fit its settings; "
+        raise UserError("the checkpoint's weights do not fit its settings; "
                         "make it again with `python rectify.py`")
     segmenter.rectifier.eval()
 
@@ -1705,11 +1716,13 @@ def load_checkpoint(path, part="rectifier"):
             damaged = zipfile.ZipFile(file).testzip()        # compares the checksum of every member
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
-        weights = [state["T"] if part == "rectifier" else state[part]["T"], *state[part].values()]
+        T = state["T"] if part == "rectifier" else state[part]["T"]
+        weights = [T, *state[part].values(), *(state.get("clip") or {}).values()]
         finite = all(w.isfinite().all() for w in weights)
         queries = [name.strip() for name in [*state["names"], *state["background"]]]
-        sound = finite and not damaged and len(weights[0]) == len(queries)
-        state["config"]["seed"]
+        sound = finite and not damaged and T.ndim == 2 and len(T) == len(queries) and all(
+            name.isprintable() for name in queries)
+        state["config"]["seed"], state["images" if part == "rectifier" else "taught_by"]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})")
     except Exception as error:      # torch.load has no error class of its own for files not its own
@@ -1724,9 +1737,13 @@ def load_checkpoint(path, part="rectifier"):
 def resume(segmenter, optimizer, schedule, state):
     """Take all of an interrupted run from its checkpoint; returns its log, one entry per epoch."""
     restore(segmenter, state)
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    print(f"resuming after epoch {len(state['log'])} of {segmenter.cfg.epochs}")
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        print(f"resuming after epoch {len(state['log'])} of {segmenter.cfg.epochs}")
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{segmenter.cfg.out}/rectify.partial.pt: does not fit its settings; leave "
+                        "out --resume")
     return state["log"]
 
 
@@ -1746,7 +1763,7 @@ def finish_epoch(segmenter, optimizer, schedule, losses, masks, log, bar, out):
         raise UserError(f"the loss is {loss} in epoch {len(log)}; lower --lr, or --alpha")
     if RANK > 0:
         return
-    if same > COLLAPSED:
+    if same > (1 + 1 / len(masks)) / 2:               # midway between masks of noise and a collapse
         bar.write("warning: the masks hardly depend on the image: two images have the same class "
                   f"on {same:.0%} of their patches. Lower --lr-conv, --lr or --alpha",
                   file=sys.stderr)
@@ -1760,9 +1777,13 @@ def load_segmenter(path, **typed):
     change (device, out, ..).
     """
     state = load_checkpoint(path)
-    cfg = configure(state["config"], **typed)
-    segmenter = Segmenter(cfg, state["names"], pick_device(cfg), state["T"], state["background"])
-    restore(segmenter, state)
+    try:
+        cfg = configure(state["config"], **typed)
+        segmenter = Segmenter(cfg, state["names"], pick_device(cfg), state["T"],
+                              state["background"])
+        restore(segmenter, state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}")
     return segmenter
 
 
@@ -1885,8 +1906,24 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def refuse_odd_numbers(cfg):
+    """Raise UserError for what no number in a Config may be: not finite, or an int beyond 2^32."""
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        for number in value if isinstance(value, tuple) else [value]:
+            limit = 2 ** 32 if isinstance(number, int) else math.inf
+            if isinstance(number, (int, float)) and not abs(number) < limit:
+                raise UserError(f"{flag(f.name)} {number}: not a sensible number")
+        if f.name in ("weight_decay", "lr_encoder", "head", "floor") and value < 0:
+            raise UserError(f"{flag(f.name)} {value}: from 0 on")
+        if f.name in ("jitter", "ring", "rates", "stretch", "crop", "size", "batch") and not min(
+                value if isinstance(value, tuple) else [value]) > 0:
+            raise UserError(f"{flag(f.name)} {value}: must be positive")
+
+
 def refuse_nonsense(cfg):
     """Raise UserError for values that make no sense, alone or together."""
+    refuse_odd_numbers(cfg)
     for bad, message in [
             (not -1 < cfg.t < 1, f"--t {cfg.t}: a cosine's threshold lies in (-1, 1)"),
             (min(cfg.epochs, cfg.batch, cfg.views, cfg.top_k, cfg.crop, cfg.tile, *cfg.size) < 1,
@@ -1912,7 +1949,9 @@ def check_trained(config, trained, typed):
     """
     kinds = {f.name: typing.get_origin(f.type) or f.type for f in fields(config)}
     if kinds.keys() != trained.keys() or not all(
-            isinstance(trained[name], kind) for name, kind in kinds.items()):
+            isinstance(trained[name], kind) for name, kind in kinds.items()) or not all(
+            isinstance(v, (int, float)) for vs in trained.values() if isinstance(vs, tuple)
+            for v in vs):
         raise UserError("the checkpoint's settings are of another version of this script; train "
                         "anew")
     for f in fields(config):
@@ -2009,9 +2048,11 @@ def remove_stale(out, weights):
     with contextlib.suppress(UserError):                # one that cannot be read is not of this run
         if load_checkpoint(out / "student.pt", "student")["taught_by"] == weights:
             return
-    stale = [path for path in out.iterdir() if path.is_file() and (
-        path.name.startswith(("student", "distill", "export", "figure", "rectify.json"))
-        or path.name.endswith((".mask.png", ".overlay.png")))]
+    seen = {path.name for path in out.iterdir()}
+    shown = {name.removesuffix(".overlay.png") for name in seen if name.endswith(".overlay.png")}
+    pairs = {stem + end for stem in shown for end in (".mask.png", ".overlay.png")
+             if {stem + ".mask.png", stem + ".overlay.png"} <= seen}
+    stale = [out / name for name in seen & (pairs | MADE)]
     for path in stale:
         path.unlink()
     if stale:
@@ -2180,9 +2221,10 @@ def main(argv=None):
     if "image" in typed:
         return segment(typed)
     cfg, state = open_run(typed)
-    names, background = class_names(cfg), background_words(cfg)
     if "eval" in typed:
         names, background = state["names"], state["background"]
+    else:
+        names, background = class_names(cfg), background_words(cfg)
     device, out = pick_device(cfg), Path(cfg.out)
     torch.manual_seed(cfg.seed)
     with output_folder(out):
@@ -2219,7 +2261,10 @@ def run(main):
         raise KeyboardInterrupt(number)
 
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):                   # Windows has no SIGHUP
-        signal.signal(getattr(signal, name), interrupt)
+        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:       # nohup
+            signal.signal(getattr(signal, name), interrupt)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w")               # `>&-`
+                              for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):                                 # a terminal may be ASCII
             stream.reconfigure(errors="backslashreplace")
@@ -2268,7 +2313,7 @@ def mendable(error):
 def printable(text, most=600):
     """A text in one line without control characters, which could drive a terminal."""
     text = "".join(c if c.isprintable() else " " for c in text)
-    return text if len(text) <= most else text[:most] + " .."
+    return text if len(text) <= most else f"{text[:most // 2]} .. {text[-most // 2:]}"
 
 
 if __name__ == "__main__":

@@ -142,6 +142,7 @@ def test_names_files_as_other_tools_write_them(content, tmp_path):
     ("dog\ncat\ndog\n", "'dog' is named twice"),
     ("dog, puppy\ncat\ndog\n", "'dog.*' is named twice"),                   # one title for two
     ("dog\n\x1b[31mcat\n", "control characters"),
+    ("dog\ncat\nbackground: s\x1b[31mky", "control characters"),
     ("\n_background_\n", "holds no class name"),
     ("background: sky\n", "holds no class name"),
     ("\n".join(f"dog {'x' * k}" for k in range(255)), "255 names; a mask of 8 bits holds 254")])
@@ -154,6 +155,7 @@ def test_names_that_cannot_be_meant_are_refused(content, message, tmp_path):
 
 @pytest.mark.parametrize("flag, content, classes, words", [
     ("", "dog\nbackground: sky, tall grass\ncat\n", ["dog", "cat"], ["sky", "tall grass"]),
+    ("", "dog\nBackground: sky\ncat", ["dog", "cat"], ["sky"]),
     ("", "dog\ncat\n", ["dog", "cat"], []),
     ("sea", "dog\nbackground: sky\ncat\n", ["dog", "cat"], ["sea"]),
     ("sea, sand", "dog\ncat\n", ["dog", "cat"], ["sea", "sand"]),
@@ -162,6 +164,13 @@ def test_names_that_cannot_be_meant_are_refused(content, message, tmp_path):
 def test_three_ways_to_name_the_background(flag, content, classes, words, tmp_path):
     """A line of the names file, words on the command line, or the field's own 21-class files."""
     assert names_of(tmp_path, content, background=flag) == (classes, words)
+
+
+def test_a_background_word_is_no_class(tmp_path):
+    """The field's words serve any classes: what is a class, or its synonym, is not background."""
+    names, words = names_of(tmp_path, "sky\nstreet, road\n", background="field")
+    assert names == ["sky", "street, road"]
+    assert words == [w for w in rectify.VOC_BACKGROUND.split(", ") if w not in ("sky", "road")]
 
 
 def test_synonyms_are_one_class(tiny, tmp_path):
@@ -203,6 +212,15 @@ def test_what_is_no_image_is_named(tmp_path, capsys):
     assert "skipped 2 .csv, 1 .heic; convert HEIC" in capsys.readouterr().out
 
 
+def test_what_is_skipped_is_said_once_and_is_no_command(tmp_path, capsys):
+    """Not again for the second list; and a terminal is not driven by the name of a file."""
+    folder = voc(tmp_path, ONES)
+    (folder / "JPEGImages/a.c\x1b[31msv").write_text("x")
+    rectify.splits(folder)
+    said = capsys.readouterr().out
+    assert said.count("skipped 1 ") == 1 and "\x1b" not in said
+
+
 def test_images_alone_are_not_remarked_on(tmp_path, capsys):
     picture(tmp_path / "a.jpg")
     rectify.find_images(tmp_path)
@@ -237,6 +255,17 @@ def test_lists_as_other_tools_write_them(content, tmp_path):
     assert [s.name for s in samples] == ["a", "sub/c"]
     assert [s.image.name for s in samples] == ["a.jpg", "c.JPG"]
     assert rectify.list_samples(tmp_path, "val") == []
+
+
+@pytest.mark.parametrize("line, name", [
+    ("my dog", "my dog"), ("my dog.jpg", "my dog"), ("my.jpg", "my"), ("my 1", "my"),
+    ("sub/my dog.jpg", "sub/my dog"), ("/photos/sub/my dog.jpg", "sub/my dog"),
+    ("v1.2.jpg", "v1.2"), ("v1.2", "v1.2"), ("my cat.jpg", None)])
+def test_names_with_spaces_on_lists(line, name):
+    """Never another image than the one that is meant."""
+    images = dict.fromkeys(["my", "my dog", "sub/my dog", "v1.2"])
+    found = rectify.listed_name(line, images)
+    assert found == name if name else found not in images
 
 
 @pytest.mark.parametrize("content, message", [
@@ -327,7 +356,9 @@ def test_the_background_is_black_and_in_legends():
 
 @pytest.fixture
 def maps():
-    """Logits of 5 queries for 2 images, 2×5×3×4, patches of 4 px; images 20×28, resized 11×15."""
+    """Logits of 5 queries for 2 images, 2×5×3×4, on patches of 4 px, and two sizes of the images:
+    11×15 as they were resized, 20×28 as they are.
+    """
     torch.manual_seed(0)
     return torch.randn(2, 5, 3, 4), 4, (11, 15), (20, 28)
 
@@ -367,6 +398,23 @@ def test_a_pixel_below_the_threshold_is_background(maps):
         sure = chances.max() >= p and chances.argmax() < 4
         assert found[b, i, j] == (chances.argmax() if sure else 4)
     assert 0.1 < (found == 4).float().mean() < 0.9
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.35])
+def test_the_student_knows_background_and_threshold(maps, threshold):
+    """Its masks are decided as the teacher's are: here by a student that always says the same."""
+    class Student:
+        T = torch.zeros(5, 4)
+
+        def __call__(self, x):
+            return maps[0], None
+    images, cfg = torch.zeros(2, 3, 20, 28, dtype=torch.uint8), SimpleNamespace(tta=False)
+    cfg.size = (28, 20)
+    full = rectify.upsample(maps[0], 1, (3, 4), (20, 28))
+    chance, best = full.softmax(1).max(1)
+    expected = torch.where(chance < threshold, 2, best.clamp(max=2))
+    assert (distill.predict_student(Student(), images, cfg, 2, threshold) == expected).all()
+    assert len(expected.unique()) == 3
 
 
 def test_windows_are_averaged_where_they_overlap():
@@ -594,7 +642,8 @@ def test_what_other_weights_taught_is_removed(again):
 
 def test_what_is_not_of_a_run_is_never_removed(again):
     """Whatever it is called: --out may be the folder of somebody's photographs or scripts."""
-    mine = ["students.jpg", "student_01.png", "figure2.png", "export.py", "distill.py", "x.mask.png"]
+    mine = ["students.jpg", "student_01.png", "figure2.png", "export.py", "distill.py",
+            "x.mask.png"]
     for name in mine:
         (again.out / name).write_text("mine")
     run(rectify, *again.own, "--seed", 1, "--out", again.out)

@@ -573,17 +573,6 @@ def test_training_lowers_the_loss(trained, method):
     assert rates == sorted(rates, reverse=True) and rates[-1] > 0
 
 
-@pytest.mark.parametrize("collapses", [True, False])
-def test_a_collapse_is_visible(mini, tmp_path, capsys, collapses):
-    """A learning rate of the convolutions far too high: P alone decides, whatever the image. The
-    log says so, and a warning; a sound run has neither.
-    """
-    rates = ["--optimizer", "sgd", "--start", "authors", "--lr-conv", "1e3"] if collapses else []
-    main([str(a) for a in own(mini, tmp_path, "--method", "reclip", "--epochs", 3, *rates)])
-    assert (log(tmp_path)[-1]["agreement"] > rectify.COLLAPSED) == collapses
-    assert ("warning: the masks hardly depend on the image" in capsys.readouterr().err) == collapses
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_checkpoint_is_plain(trained, method):
     """rectify.pt loads without running anything, holds names and all readings; no unfinished file
@@ -1192,7 +1181,7 @@ BAD = {
     "names missing": (
         lambda d: (d / "names.txt").unlink(), QUICK, r"names\.txt: no such file; --names wants"),
     "name too long for a prompt": (
-        lambda d: (d / "names.txt").write_text("cat\n" + "very " * 90 + "long dog\n"), [],
+        lambda d: (d / "names.txt").write_text("cat\n" + "very " * 90 + "dog\nhorse\n"), [],
         "very very.*shorten"),
     "unknown CLIP": (
         lambda d: None, ["--clip", "ViT-Z-99", "--pretrained", "openai"],
@@ -1359,3 +1348,30 @@ def test_rectify_imports_nothing_of_ours():
     ours = {path.stem for folder in ("", "tests", "tests/emoji")
             for path in (rectify.HERE / folder).glob("*.py")}
     assert "torch" in imported and "distill" in ours and not imported & ours
+
+
+@pytest.mark.parametrize("collapsed", [True, False])
+def test_a_collapse_is_visible(mini, tmp_path, monkeypatch, capsys, collapsed):
+    """Masks that give every image the same class are called by their name, with the mend."""
+    if collapsed:
+        monkeypatch.setattr(rectify, "gumbel_mask", lambda logits, alpha: 0 * logits + F.one_hot(
+            torch.zeros_like(logits[:, 0], dtype=torch.long), 20).movedim(-1, 1))
+    main([str(a) for a in own(mini, tmp_path / "out", "--epochs", 1)])
+    assert ("hardly depend on the image" in capsys.readouterr().err) == collapsed
+    assert (log(tmp_path / "out")[0]["agreement"] == 1) == collapsed
+
+
+def test_the_published_settings_learn(emoji, tmp_path):
+    """With VOC's settings ReCLIP ends above MaskCLIP after about as many steps as ten epochs
+    of Emoji VOC have, here 30 of a third of its images. (ReCLIP++ wants more: README's table.)
+    """
+    row = rectify.RECIPES["voc"]
+    learning = ("optimizer", "lr", "lr_conv", "weight_decay", "batch", "prompt", "norm", "pool",
+                "start")
+    cfg = configure(root=str(emoji), out=str(tmp_path), method="reclip", epochs=30, views=1,
+                    alpha=row["reclip"]["alpha"], **{name: row[name] for name in learning})
+    train, val = rectify.splits(rectify.dataset_folder(cfg))
+    segmenter = rectify.Segmenter(cfg, rectify.VOC_NAMES, CPU)
+    rectify.learn(segmenter, train[::3], None)
+    results, _ = rectify.evaluate(rectify.predictor(segmenter), val[::4], rectify.VOC_NAMES)
+    assert results["reclip"]["mIoU"] > results["maskclip"]["mIoU"], results
