@@ -540,7 +540,8 @@ def training_data(segmenter, samples):
         group = [image.to(device) for image in itertools.islice(images, 32)]
         rows = slice(start, start + len(group))
         for k in range(K):
-            crops, extents = zip(*(view(image, n, k) for image, n in zip(group, numbers[rows])))
+            with one_thread():
+                crops, extents = zip(*(view(image, n, k) for image, n in zip(group, numbers[rows])))
             height, width = torch.tensor(extents).T[..., None]              # B 1, B 1
             valid[k, rows] = (first < height)[:, :, None] & (first < width)[:, None]
             crops = torch.stack(crops)
@@ -1323,6 +1324,19 @@ def hypotheses(segmenter, samples):
     return torch.stack([found[sample.image] for sample in samples])   # an image may be listed twice
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Many small operations run in one thread: at the end of each, a team would wait for its
+    slowest, on a busy machine for milliseconds.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class PhotometricDistort(v2.RandomPhotometricDistort):
     """torchvision's, but channels change places without an index from the host, for which a GPU
     would wait.
@@ -1974,7 +1988,8 @@ def command_line(config, doc, recipes, argv=None):
         if f.type is bool:
             parser.add_argument(flag(f.name), action="store_true", help=about)
             continue
-        values = {dataset: row[f.name] for dataset, row in recipes.items() if f.name in row}
+        rows = {dataset: row | row.get(row.get("method"), {}) for dataset, row in recipes.items()}
+        values = {dataset: row[f.name] for dataset, row in rows.items() if f.name in row}
         if f.default not in (MISSING, ""):
             about += f" (default {f.default})"
         elif values:
@@ -2177,7 +2192,8 @@ def segment(typed):
     if typed.keys() & {"names", "background"}:
         asked = replace(cfg, names=typed.get("names", ""), background=typed.get("background", ""))
         names = class_names(asked) if asked.names else names
-        background = background_words(asked)
+        kept = [] if "background" in typed else [w for w in background if w not in names]
+        background = background_words(asked) or kept
     classes = [name.split(", ")[0] for name in names] + ["background"]
     source = Path(typed["image"])
     paths = [*find_images(source).values()] if source.is_dir() else [source]
@@ -2238,6 +2254,8 @@ def main(argv=None):
             print(f"{cfg.method} on {folder}: {len(samples)} images to learn from, {len(val)} "
                   f"labelled ones to measure on, {len(names)} classes, {device}"
                   + f", {WORLD} processes" * (WORLD > 1))
+            if cfg.data and cfg.clip == RECIPES["emoji"]["clip"]:
+                print(f"warning: {cfg.clip} knows emoji only; on photographs it finds nothing")
             segmenter = Segmenter(cfg, names, device, state and state["T"], background)
             segmenter.stock
         seconds = {}
