@@ -181,7 +181,7 @@ class Config:
     stride: int = option("step of that window, px; 0: half its side", None, 0, free=True)
     ring: int = option("width of the rings of Fig. 1(a), px", free=True)
     device: str = option("where to compute", ["auto", "cpu", "cuda"], "auto", free=True)
-    precision: str = option("of CLIP's image tower; auto: bf16 on a GPU that has it",
+    precision: str = option("of CLIP's image tower; auto: bf16 where the hardware has it",
                             ["auto", "fp32", "bf16"], "auto", free=True)
     resume: bool = option("go on with the interrupted run in --out", None, False, free=True)
     eval: str = option("measure this checkpoint instead of training", None, "", free=True)
@@ -1820,14 +1820,22 @@ def pick_device(cfg):
 
 def in_bf16(device, precision="auto"):
     """Autocast to bfloat16 for what is large: CLIP's image tower, and the student in training.
-    auto: on a GPU that has it.
+    auto: where the hardware has it.
 
     Not for the text encoder: a step has few tokens for it, and would cast its frozen weights anew
     each time.
     """
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    wanted = has_bf16 if precision == "auto" else precision == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
+
+
+def uses_bf16(device, precision="auto"):
+    """Whether to compute in bfloat16: as asked, or where the hardware has it."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    can = getattr(torch.cpu, "get_capabilities", dict)()                # older torch does not tell
+    return any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 @contextlib.contextmanager
@@ -2253,6 +2261,7 @@ def main(argv=None):
             check_labels(val, names, cfg)
             print(f"{cfg.method} on {folder}: {len(samples)} images to learn from, {len(val)} "
                   f"labelled ones to measure on, {len(names)} classes, {device}"
+                  + ", bf16" * uses_bf16(device, cfg.precision)
                   + f", {WORLD} processes" * (WORLD > 1))
             if cfg.data and cfg.clip == RECIPES["emoji"]["clip"]:
                 print(f"warning: {cfg.clip} knows emoji only; on photographs it finds nothing")
