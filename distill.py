@@ -37,7 +37,7 @@ from rectify import (
     HERE, RANK, VOID, WORLD, PhotometricDistort, UserError, check_trained, command_line,
     contrastive_loss, dataset_folder, decide, denoise, digest, epoch_order, evaluate, figure4,
     figure5, flag, hypothesize, in_bf16, list_digest, list_files, load_checkpoint, load_image,
-    load_label, load_segmenter, newest, option, output_folder, predictor, print_table,
+    load_label, load_segmenter, newest, one_thread, option, output_folder, predictor, print_table,
     rank_zero_first, read_ahead, refuse_odd_numbers, resize_to_fit, run, save, save_figure,
     similarity, splits, tqdm, versions, wrap_ddp, write_text)
 
@@ -387,7 +387,8 @@ def training_batch(teacher, batch, cfg, device):
     label.masked_fill_(~inside, VOID)
     if truths[0] is not None:
         label.masked_fill_(cut(truths) == VOID, VOID)
-    return torch.stack([PhotometricDistort()(crop) for crop in x / 255]), label, f
+    with one_thread():
+        return torch.stack([PhotometricDistort()(crop) for crop in x / 255]), label, f
 
 
 def step(model, optimizer, x, label, f, weights, share=1.0):

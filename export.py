@@ -21,6 +21,7 @@ the median at batch 1 on 1 core of an AMD EPYC (Zen 4), ONNX Runtime 1.31 (`test
 import argparse
 import contextlib
 import copy
+import hashlib
 import json
 import math
 import os
@@ -96,10 +97,12 @@ def classes_of(session, path):
     """(names, palette) of the values in a file's masks, from its metadata. Raises BadInput."""
     try:
         meta = session.get_modelmeta().custom_metadata_map
+        with open(path, "rb") as file:
+            whole = hashlib.md5(file.read(int(meta["bytes"]))).hexdigest() == meta["md5"]
         names, palette = json.loads(meta["names"]), json.loads(meta["palette"])
         colours = np.array(palette)
         kinds = lambda values: {(value.name, value.type) for value in values}
-        sound = (all(isinstance(name, str) and name.isprintable() for name in names)
+        sound = (whole and all(isinstance(name, str) and name.isprintable() for name in names)
                  and colours.shape == (len(names), 3) and colours.dtype.kind == "i"
                  and 0 <= colours.min() and colours.max() <= 255 and len(names) <= 256
                  and kinds(session.get_inputs()) == {("image", "tensor(uint8)")}
@@ -107,8 +110,9 @@ def classes_of(session, path):
     except (KeyError, TypeError, ValueError, RecursionError):
         sound = False
     if not sound:
-        raise BadInput(f"{path}: not one of export.py's ONNX files: its names, palette, image or "
-                       "mask are missing or broken; write it again with `python export.py`")
+        raise BadInput(f"{path}: damaged, or not one of export.py's ONNX files: its checksum, "
+                       "names, palette, image or mask are missing or broken; write it again with "
+                       "`python export.py`")
     return names, palette
 
 
@@ -291,18 +295,24 @@ OPSET, IR_VERSION = 18, 8
 
 
 def save_onnx(model, path, meta):
-    """Write a model (a proto, or the path of one) with metadata {key: str}, after ONNX's check."""
+    """Write a model (a proto, or the path of one) with metadata {key: str}, after ONNX's check.
+
+    ONNX has no checksum: the metadata holds one of the bytes before it, see `classes_of`.
+    """
     import onnx
 
     model = onnx.load(model) if isinstance(model, Path) else model
-    onnx.helper.set_model_props(model, meta)
+    del model.metadata_props[:]
     model.ir_version = IR_VERSION
     domains = {node.domain for node in model.graph.node}        # the quantiser declares eight more
     used = [opset for opset in model.opset_import if opset.domain in domains]
     del model.opset_import[:]
     model.opset_import.extend(used)
     onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
+    body, tail = model.SerializeToString(), onnx.ModelProto()   # one after the other is one model
+    meta |= {"md5": hashlib.md5(body).hexdigest(), "bytes": str(len(body))}
+    onnx.helper.set_model_props(tail, meta)
+    Path(path).write_bytes(body + tail.SerializeToString())
 
 
 def write_onnx(module, path, meta):

@@ -181,7 +181,7 @@ class Config:
     stride: int = option("step of that window, px; 0: half its side", None, 0, free=True)
     ring: int = option("width of the rings of Fig. 1(a), px", free=True)
     device: str = option("where to compute", ["auto", "cpu", "cuda"], "auto", free=True)
-    precision: str = option("of CLIP's image tower; auto: bf16 on a GPU that has it",
+    precision: str = option("of CLIP's image tower; auto: bf16 where the hardware has it",
                             ["auto", "fp32", "bf16"], "auto", free=True)
     resume: bool = option("go on with the interrupted run in --out", None, False, free=True)
     eval: str = option("measure this checkpoint instead of training", None, "", free=True)
@@ -540,7 +540,8 @@ def training_data(segmenter, samples):
         group = [image.to(device) for image in itertools.islice(images, 32)]
         rows = slice(start, start + len(group))
         for k in range(K):
-            crops, extents = zip(*(view(image, n, k) for image, n in zip(group, numbers[rows])))
+            with one_thread():
+                crops, extents = zip(*(view(image, n, k) for image, n in zip(group, numbers[rows])))
             height, width = torch.tensor(extents).T[..., None]              # B 1, B 1
             valid[k, rows] = (first < height)[:, :, None] & (first < width)[:, None]
             crops = torch.stack(crops)
@@ -1323,6 +1324,19 @@ def hypotheses(segmenter, samples):
     return torch.stack([found[sample.image] for sample in samples])   # an image may be listed twice
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Many small operations run in one thread: at the end of each, a team would wait for its
+    slowest, on a busy machine for milliseconds.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class PhotometricDistort(v2.RandomPhotometricDistort):
     """torchvision's, but channels change places without an index from the host, for which a GPU
     would wait.
@@ -1806,14 +1820,22 @@ def pick_device(cfg):
 
 def in_bf16(device, precision="auto"):
     """Autocast to bfloat16 for what is large: CLIP's image tower, and the student in training.
-    auto: on a GPU that has it.
+    auto: where the hardware has it.
 
     Not for the text encoder: a step has few tokens for it, and would cast its frozen weights anew
     each time.
     """
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    wanted = has_bf16 if precision == "auto" else precision == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
+
+
+def uses_bf16(device, precision="auto"):
+    """Whether to compute in bfloat16: as asked, or where the hardware has it."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    can = getattr(torch.cpu, "get_capabilities", dict)()                # older torch does not tell
+    return any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 @contextlib.contextmanager
@@ -1974,7 +1996,8 @@ def command_line(config, doc, recipes, argv=None):
         if f.type is bool:
             parser.add_argument(flag(f.name), action="store_true", help=about)
             continue
-        values = {dataset: row[f.name] for dataset, row in recipes.items() if f.name in row}
+        rows = {dataset: row | row.get(row.get("method"), {}) for dataset, row in recipes.items()}
+        values = {dataset: row[f.name] for dataset, row in rows.items() if f.name in row}
         if f.default not in (MISSING, ""):
             about += f" (default {f.default})"
         elif values:
@@ -2177,7 +2200,8 @@ def segment(typed):
     if typed.keys() & {"names", "background"}:
         asked = replace(cfg, names=typed.get("names", ""), background=typed.get("background", ""))
         names = class_names(asked) if asked.names else names
-        background = background_words(asked)
+        kept = [] if "background" in typed else [w for w in background if w not in names]
+        background = background_words(asked) or kept
     classes = [name.split(", ")[0] for name in names] + ["background"]
     source = Path(typed["image"])
     paths = [*find_images(source).values()] if source.is_dir() else [source]
@@ -2237,7 +2261,10 @@ def main(argv=None):
             check_labels(val, names, cfg)
             print(f"{cfg.method} on {folder}: {len(samples)} images to learn from, {len(val)} "
                   f"labelled ones to measure on, {len(names)} classes, {device}"
+                  + ", bf16" * uses_bf16(device, cfg.precision)
                   + f", {WORLD} processes" * (WORLD > 1))
+            if cfg.data and cfg.clip == RECIPES["emoji"]["clip"]:
+                print(f"warning: {cfg.clip} knows emoji only; on photographs it finds nothing")
             segmenter = Segmenter(cfg, names, device, state and state["T"], background)
             segmenter.stock
         seconds = {}

@@ -2,7 +2,8 @@
 grows: a table and bench.json.
 
     python tests/bench.py --out runs/bench
-    python tests/bench.py export                        # export.py's files beside PyTorch, about 2 minutes
+    python tests/bench.py export      # export.py's files beside PyTorch, about 2 minutes
+    python tests/bench.py busy        # rectify.py and distill.py beside endless loops
 
 On a CPU: the tiny CLIP on images of Emoji VOC, about 90 s. On a GPU: true sizes, ViT-B/16 with
 random weights on 1,464 made images and crops of VOC's size. Times are medians of calls that take
@@ -13,6 +14,7 @@ import contextlib
 import copy
 import functools
 import io
+import itertools
 import json
 import math
 import resource
@@ -223,9 +225,9 @@ def bench(sizes, device, folder):
              "authors": lambda: authors_steps(paper, sgd, crops(), data[2]),
              "student": student_steps,
              "teacher": lambda: teacher(taught)}
-    if gpu:
-        square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-        tasks["peak"] = lambda: square @ square
+    n, fast = 8192 if gpu else 2048, rectify.uses_bf16(device)
+    square = torch.randn(n, n, device=device, dtype=torch.bfloat16 if fast else torch.float)
+    tasks["peak"] = lambda: square @ square
     t = medians(tasks, sizes["repeats"])
     t["student"] /= steps
     own, authors = "×".join(map(str, clip.visual.image_size)), t["authors"] / len(some) * N
@@ -246,13 +248,15 @@ def bench(sizes, device, folder):
     add(f"student step, {course.backbone}, {course.batch} crops of {course.crop} px",
         t["student"], "s")
     add("teacher, of that step", 100 * t["teacher"] / t["student"], "%")
-    if gpu:
+    peak, kind = 2 * n ** 3 / t["peak"], "bf16" if fast else "fp32"
+    add(f"{kind} matmul peak", peak / 1e12, "TFLOP/s")
+    for what, compute, seconds in (
+            ("dense CLIP", lambda: frozen(rectify.encode_image, clip, x, "maskclip"), t["dense"]),
+            ("student step", lambda: sum(out.sum() for out in student(taught.float())).backward(),
+             t["student"])):
         with FlopCounterMode(display=False) as counter:
-            sum(out.sum() for out in student(taught.float())).backward()
-        peak = 2 * 8192 ** 3 / t["peak"]
-        add("bf16 matmul peak", peak / 1e12, "TFLOP/s")
-        add("student step, of the bf16 peak",
-            100 * counter.get_total_flops() / t["student"] / peak, "%")
+            compute()
+        add(f"{what}, of the {kind} peak", 100 * counter.get_total_flops() / seconds / peak, "%")
 
     rows += growth(paper, sizes, folder)
     if gpu:
@@ -260,6 +264,32 @@ def bench(sizes, device, folder):
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     add("peak memory of the process", rss * (1 if sys.platform == "darwin" else 1024) / 1e9, "GB")
     return rows
+
+
+# ================================================================================== bench.py busy
+
+def bench_busy(out, repeats=3):
+    """Seconds of rectify.py and distill.py on a quiet machine, beside one endless loop and beside
+    three: the machine that people really have.
+    """
+    times = {}
+    for _ in range(repeats):
+        for script, loops in itertools.product(("rectify.py", "distill.py"), (0, 1, 3)):
+            busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                    for _ in range(loops)]
+            started = time.perf_counter()
+            try:
+                subprocess.run([sys.executable, str(rectify.HERE / script), "--out", str(out)],
+                               check=True, capture_output=True)
+            finally:
+                for loop in busy:
+                    loop.kill()
+            times.setdefault((script, loops), []).append(time.perf_counter() - started)
+            print(f"{script}, {loops} loops beside it: {times[script, loops][-1]:.1f} s", flush=True)
+    print(f"\n{'median seconds':<14}{'quiet':>9}{'one loop':>17}{'three loops':>17}")
+    for script in ("rectify.py", "distill.py"):
+        quiet, *busy = (float(np.median(times[script, loops])) for loops in (0, 1, 3))
+        print(f"{script:<14}{quiet:>9.1f}" + "".join(f"{b:>9.1f} ({b / quiet:.1f}×)" for b in busy))
 
 
 # ================================================================================ bench.py export
@@ -493,13 +523,16 @@ def bar_chart(rows, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="training", choices=["training", "export"])
+    parser.add_argument("what", nargs="?", default="training",
+                        choices=["training", "export", "busy"])
     parser.add_argument("--out", type=Path,
                         help="folder for bench.json (default runs/bench); for export the folder of "
                              "student.pt and its files (default: the newest)")
     args = parser.parse_args(argv)
     if args.what == "export":
         return bench_export(args.out or rectify.newest("student.pt").parent)
+    if args.what == "busy":
+        return bench_busy(args.out or Path("runs/busy"))
     out, device = args.out or Path("runs/bench"), rectify.pick_device(rectify.configure())
     sizes, started = SIZES[device.type], time.time()
     print(f"measuring on {device}, {torch.get_num_threads()} threads; this takes a while")

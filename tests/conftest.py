@@ -2,6 +2,7 @@
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/emoji")]
 
 import distill  # noqa: E402  (after the path to it)
 import rectify  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fp32():
+    """Numbers are compared in fp32, also where the processor has bfloat16. Gives the function that
+    would decide.
+    """
+    decides = rectify.uses_bf16
+    with mock.patch.object(rectify, "uses_bf16",
+                           lambda device, precision="auto": precision == "bf16"):
+        yield decides
 
 
 @pytest.fixture(scope="session")

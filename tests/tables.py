@@ -4,6 +4,7 @@ runs/tables.md.
     python tests/tables.py main             # ReCLIP and ReCLIP++
     python tests/tables.py readings         # what each reading of the method is worth (Emoji VOC's)
     python tests/tables.py published        # VOC's published settings on Emoji VOC's images
+    python tests/tables.py attention        # attentions for dense prediction, rectified or not
     python tests/tables.py table8           # the encoder frozen or trained too
     python tests/tables.py table9           # the threshold t of the hypothesis
     python tests/tables.py table11          # DeepLabV2, taught by MaskCLIP, ReCLIP, ReCLIP++ and
@@ -66,6 +67,9 @@ VARIANTS = {
         "ReCLIP, without the space term P": RECLIP | dict(space="off"),
         "ReCLIP, mean over the mask": RECLIP | dict(pool="mask"),
         "ReCLIP, threshold on the cosine": RECLIP | dict(hypothesis="threshold", t=0.33)},
+    "attention": lambda dataset: {
+        f"{attention}, {title}": options | dict(attention=attention)
+        for attention in rectify.ATTENTION for title, options in BOTH.items()},
     "table8": lambda dataset: {"frozen": RECLIP, "fine-tuned": RECLIP | dict(finetune=True)},
     "published": lambda dataset: BOTH | {
         f"{title}, VOC's published settings": published(options["method"])
@@ -132,7 +136,7 @@ def rectified(options, seed, most_views, kept, marks=()):
     torch.manual_seed(seed)
     segmenter = rectify.Segmenter(cfg, names, rectify.pick_device(cfg))
     with tempfile.TemporaryDirectory() as out, measured_after(marks, segmenter, val) as earlier:
-        shared = cfg.finetune, cfg.precision
+        shared = cfg.finetune, cfg.precision, cfg.attention
         if shared not in kept:
             segmenter.cfg = replace(cfg, views=max(most_views, cfg.views), out=out)
             kept[shared] = rectify.training_data(segmenter, train)[:2]

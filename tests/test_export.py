@@ -231,7 +231,7 @@ def test_a_mask_with_background_has_0_for_it_and_class_c_is_c_plus_1(with_backgr
     expected = torch.where((c < C) & (best >= threshold), c + 1, 0).numpy()
     assert 0 in expected and (expected > 0).any(), "both must occur, or nothing is tested"
     assert (mask == expected).mean() > 0.999
-    names, palette = export.classes_of(session, folder)
+    names, palette = export.classes_of(session, folder / "student.onnx")
     assert (names[0], palette[0], len(names)) == ("background", [0, 0, 0], C + 1)
     export.main(["--run", str(folder / "student.onnx"), "--image", str(tmp_path / "image.png"),
                  "--mask", str(tmp_path / "m.png"), "--overlay", str(tmp_path / "o.png")])
@@ -246,7 +246,7 @@ def test_the_command_line_bakes_the_threshold_in(taught, photo, tmp_path, capsys
     for threshold in ("0.2", "0.9"):
         export.main(["--out", str(tmp_path), "--threshold", threshold])
         session = export.open_model(tmp_path / "student.onnx")
-        assert export.classes_of(session, "")[0] == ["background", *rectify.VOC_NAMES]
+        assert export.classes_of(session, tmp_path / "student.onnx")[0] == ["background", *rectify.VOC_NAMES]
         share.append((session.run(None, {"image": np.asarray(Image.open(photo))[None]})[0] == 0).mean())
     report = json.loads((tmp_path / "export.json").read_text())
     assert share[0] < share[1] and report["check"]["student.onnx"]["agreement"] >= 0.9999
@@ -283,7 +283,18 @@ def test_broken_metadata_is_one_line(broken, exported, photo, tmp_path, capsys):
         del meta["names"]
     export.save_onnx(exported / "student.onnx", tmp_path / "broken.onnx", meta)
     line = refused(capsys, "--run", tmp_path / "broken.onnx", "--image", photo, "--mask", tmp_path / "m.png")
-    assert "not one of export.py's" in line and not (tmp_path / "m.png").exists()
+    assert "damaged, or not one of export.py" in line and not (tmp_path / "m.png").exists()
+
+
+def test_flipped_bits_are_found(exported, photo, tmp_path, capsys):
+    """ONNX has no checksum, ours does: a file with one damaged weight is opened by ONNX Runtime, and refused."""
+    data = bytearray((exported / "student.onnx").read_bytes())
+    for place in (len(data) // 3, len(data) // 2):
+        damaged = tmp_path / f"{place}.onnx"
+        damaged.write_bytes(data[:place] + bytes([data[place] ^ 64]) + data[place + 1:])
+        export.open_model(damaged)
+        line = refused(capsys, "--run", damaged, "--image", photo, "--mask", tmp_path / "m.png")
+        assert "damaged" in line and not (tmp_path / "m.png").exists()
 
 
 def test_a_fifo_is_no_image(exported, tmp_path, capsys):

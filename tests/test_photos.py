@@ -17,6 +17,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import distill
+import export
 import rectify
 from rectify import UserError, configure
 
@@ -671,8 +672,8 @@ def test_a_student_that_cannot_be_read_is_an_earlier_runs(again):
 
 def test_photographs_go_the_whole_way_with_weights_from_a_file(tmp_path, monkeypatch):
     """A plain folder, background words, --pretrained FILE (random weights in half precision): the
-    recipe of real photographs, made small, and a student that knows the background. Two sentences
-    instead of 85: they are most of the time.
+    recipe of real photographs, made small, a student that knows the background, and its ONNX file.
+    Two sentences instead of 85: they are most of the time.
     """
     weights, out, templates = tmp_path / "clip.pt", tmp_path / "out", rectify.templates()
     monkeypatch.setattr(rectify, "templates", lambda: templates[:2])
@@ -700,4 +701,9 @@ def test_photographs_go_the_whole_way_with_weights_from_a_file(tmp_path, monkeyp
     cfg = SimpleNamespace(size=(2048, 64), tta=False)
     mask = distill.predict_student(distill.load_student(state), image, cfg, 2)
     assert mask.shape == (1, 70, 100) and mask.max() <= 2
+    run(export, "--out", out)
+    run(export, "--run", out / "student.onnx", "--image", tmp_path / "photos/0.jpg",
+        "--mask", tmp_path / "mask.png")
+    with Image.open(tmp_path / "mask.png") as mask:
+        assert mask.size == (100, 70) and set(np.unique(mask)) <= {0, 1, 2}
     weights.unlink()

@@ -32,6 +32,16 @@ def test_bfloat16_moves_features_and_masks_but_little(mini):
         assert rectify.hypothesize(half, images).any(1).all()
 
 
+def test_bfloat16_is_taken_where_the_hardware_has_it(monkeypatch, fp32):
+    """--precision auto: on processors with and without it, and on a torch that does not tell."""
+    for can in ({"avx512_bf16": True}, {"amx_bf16": True}, {"avx512_bf16": False, "avx2": True}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+        assert fp32(CPU) == any(name in can and can[name] for name in ("avx512_bf16", "amx_bf16"))
+        assert fp32(CPU, "bf16") and not fp32(CPU, "fp32")
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not fp32(CPU)
+
+
 def test_reading_ahead_keeps_the_order_and_its_bound():
     """Results come in order; no more than `ahead` are read before they are wanted; an error comes
     in its place.
