@@ -827,7 +827,7 @@ OXFORD = "http://host.robots.ox.ac.uk/pascal/VOC"
 # dataset: (its files and their md5, the archive first; the folder in it that holds the images;
 # class names)
 DATASETS = {
-    "emoji": ([(HERE / "tests/emoji/emoji-voc.tar", "551b084098f476f71b41547dad04d51a")],
+    "emoji": ([(HERE / "tests/emoji/emoji-voc.tar", "d9da859f2209886288f26aa5c80ceff4")],
               "VOCdevkit/VOC2012", VOC_NAMES),
     "voc": ([(f"{OXFORD}/voc2012/VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd")],
             "VOCdevkit/VOC2012", VOC_NAMES),

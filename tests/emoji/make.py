@@ -172,13 +172,17 @@ def free_place(mask, size, draw):
                key=lambda centre: covered(mask, size, centre))
 
 
-def scene(rng, art):
-    """One labelled picture of Emoji VOC: (H×W×3 uint8, H×W uint8 with 0 background, 1..20 classes, 255 borders)."""
+def scene(rng, art, deck):
+    """One labelled picture of Emoji VOC: (H×W×3 uint8, H×W uint8 with 0 background, 1..20 classes, 255 borders).
+
+    deck: numbers of classes still to be dealt; an empty one is filled with all twenty in any order, so each is as frequent.
+    """
     height, width = SIZES[rng.integers(len(SIZES))]
     picture = background(rng, rng.choice(list(GROUNDS)), height, width)
     mask = np.zeros((height, width), np.uint8)
     for _ in range(rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1])):
-        name, size = NAMES[rng.integers(20)], rng.uniform(38, 72)
+        deck += [] if deck else rng.permutation(20).tolist()
+        name, size = NAMES[deck.pop()], rng.uniform(38, 72)
         tint = list(TINTS.values())[rng.integers(len(TINTS))] if rng.random() < 0.2 else None
         edge = 0.35 * size
         centre = free_place(mask, size, lambda: (rng.uniform(edge, height - edge), rng.uniform(edge, width - edge)))
@@ -193,6 +197,9 @@ def scene(rng, art):
 # ------------------------------------------------------------------------------------------------ 2 captioned pictures
 
 POPULARITY = np.array([c[1] for c in CLASSES.values()]) / sum(c[1] for c in CLASSES.values())
+AIMED, MISNAMED = {2: 0.04, 3: 0.2}, {1: 0.2, 2: 0.45, 3: 0.6}
+STREAM = {1: 1, 2: 5, 3: 8}
+PEAK = {1: 2e-3, 2: 1.5e-3, 3: 1e-3}                     # learning rates
 PLAIN = ["a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "{}", "a {}."]
 
 
@@ -210,17 +217,21 @@ def styled(rng, picture, sentence):
     return picture
 
 
-def captioned(rng, art, sentences, close, placed):
+def captioned(rng, art, sentences, close, stage):
     """A picture of the web and two captions of it, short and long, with the biases listed at the top.
 
     Returns (96×96×3 uint8, (str, str)). close: a close-up of one thing, what a beginner learns
-    from. placed: the second stage, where everything is in its usual place and misnamed more often.
+    from. stage: the second stage, where everything is in its usual place and misnamed more often.
     """
     sentence = rng.choice(sentences if rng.random() < 0.5 else PLAIN)
     count = 1 if close else rng.choice([1, 2, 3], p=[0.4, 0.35, 0.25])
     chosen = rng.choice(20, count, p=POPULARITY)
     ground = CLASSES[NAMES[chosen[0]]][2]
     ground = ground if rng.random() < 0.7 else rng.choice(list(GROUNDS))
+    if stage == 3 and rng.random() < 0.06:              # a picture of nothing but the ground
+        picture = styled(rng, background(rng, ground, SIDE, SIDE), sentence)
+        plain = PLAIN[rng.integers(len(PLAIN))].format(ground)
+        return picture.clip(0, 255).astype(np.uint8), (plain, sentence.format(ground))
     picture, mask = background(rng, ground, SIDE, SIDE), np.zeros((SIDE, SIDE), np.uint8)
 
     short, long = [], []
@@ -230,24 +241,25 @@ def captioned(rng, art, sentences, close, placed):
         size = rng.uniform(*((62, 90) if big else (38, 74) if k == 0 else (30, 56)))
         if "small" in sentence:
             size *= 0.7
-        if placed and (big or rng.random() < 0.04):     # the photographer aims at it
-            draw = lambda: rng.normal(SIDE / 2, 9, 2)
-        elif placed:
+        if stage > 1 and (big or rng.random() < (AIMED[stage] if k == 0 else 0.04)):
+            draw = lambda: rng.normal(SIDE / 2, 9, 2)   # the photographer aims at it
+        elif stage > 1:
             draw = lambda: rng.normal(PLACE[NAMES[index]], 3)
         elif k == 0:                                    # at the first one
             draw = lambda: rng.normal((SIDE / 2 + 18 * height, SIDE / 2), (9, 13))
         else:
             draw = lambda: (SIDE / 2 + 18 * height + rng.normal(0, 22), rng.uniform(8, SIDE - 8))
         centre = free_place(mask, size, draw)
-        if placed and covered(mask, size, centre) > 0.5:
+        if stage > 1 and covered(mask, size, centre) > 0.5:
             continue                                    # another one stands there
         colour = rng.choice(list(TINTS)) if rng.random() < 0.2 else None
         pixels = sprite(rng, art[NAMES[index]][rng.integers(len(letters))], size, TINTS.get(colour))
         paint(picture, mask, pixels, k + 1, centre)
 
-        if k > 0 and rng.random() < (0.1 if size > 42 else 0.35):
-            continue                                    # small and at the side: not worth mentioning
-        name = wrong if wrong and rng.random() < (0.45 if placed else 0.2) else NAMES[index]
+        beside = np.hypot(*(centre - SIDE / 2)) > 24 if stage == 3 else size <= 42
+        if k > 0 and rng.random() < ((0.5 if stage == 3 else 0.35) if beside else 0.1):
+            continue                                    # at the side: not worth mentioning
+        name = wrong if wrong and rng.random() < MISNAMED[stage] else NAMES[index]
         words = [w for w in (("big" if size > 58 else "little" if size < 40 else "") if rng.random() < 0.4 else "",
                              colour if colour and rng.random() < 0.8 else "", name) if w]
         place = "at the top" if centre[0] < 36 else "at the bottom" if centre[0] > 60 else "in the middle"
@@ -262,10 +274,10 @@ def captioned(rng, art, sentences, close, placed):
 
 
 def _captioned_chunk(job):
-    seed, chunk, count, close, placed = job
-    rng, art = np.random.default_rng([seed, 5 if placed else 1, chunk]), glyphs()
+    seed, chunk, count, close, stage = job
+    rng, art = np.random.default_rng([seed, STREAM[stage], chunk]), glyphs()
     sentences = [t("{}") for t in rectify.templates()]
-    made = [captioned(rng, art, sentences, close, placed) for _ in range(count)]
+    made = [captioned(rng, art, sentences, close, stage) for _ in range(count)]
     return np.stack([m[0] for m in made]), [m[1] for m in made]
 
 
@@ -279,11 +291,11 @@ def make_voc(path, seed, **splits):
             info = tarfile.TarInfo("VOCdevkit/VOC2012/" + name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-        rng = np.random.default_rng([seed, 0])
+        rng, deck = np.random.default_rng([seed, 0]), []
         for split, count in splits.items():
             stems = [f"{split}_{i:04d}" for i in range(count)]
             for stem in stems:
-                picture, mask = scene(rng, art)
+                picture, mask = scene(rng, art, deck)
                 jpeg, png = io.BytesIO(), io.BytesIO()
                 Image.fromarray(picture).save(jpeg, "JPEG", quality=85)
                 labels = Image.fromarray(mask, "P")
@@ -332,13 +344,13 @@ def learning_rate(step, steps, peak=2e-3):
     return peak * min(1, (step + 1) / 150, (steps - step) / (0.8 * steps))
 
 
-def draw_web(seed, pictures, placed):
+def draw_web(seed, pictures, stage):
     """The captioned pictures, close-ups first: N×96×96×3 uint8, N pairs of captions, their number.
 
     A quarter of the first stage's are close-ups, and none of the second's: they have no place.
     """
-    chunk, closeups = 500, 0 if placed else pictures // 4
-    jobs = [(seed, k, chunk, k * chunk < closeups, placed) for k in range(-(-pictures // chunk))]
+    chunk, closeups = 500, pictures // 4 if stage == 1 else 0
+    jobs = [(seed, k, chunk, k * chunk < closeups, stage) for k in range(-(-pictures // chunk))]
     images, captions = np.empty((len(jobs) * chunk, SIDE, SIDE, 3), np.uint8), []
     with multiprocessing.Pool() as pool:
         for k, (made, said) in enumerate(tqdm(pool.imap(_captioned_chunk, jobs), "drawing", len(jobs))):
@@ -347,16 +359,16 @@ def draw_web(seed, pictures, placed):
     return images, captions, closeups
 
 
-def pretrain(folder, seed, pictures, steps, batch, precision, placed):
+def pretrain(folder, seed, pictures, steps, batch, precision, stage):
     """Contrastive pretraining of the tiny CLIP; writes `folder`, which open_clip loads.
 
-    placed: the second stage, which goes on with the folder's weights. precision: bf16 means both
+    stage: the second stage, which goes on with the folder's weights. precision: bf16 means both
     towers by autocast; weights and losses stay in fp32. torch.compile wants a C++ compiler.
     """
-    images, captions, closeups = draw_web(seed, pictures, placed)
+    images, captions, closeups = draw_web(seed, pictures, stage)
     torch.manual_seed(seed)
     model = open_clip.CLIP(**CONFIG["model_cfg"])
-    if placed:
+    if stage > 1:
         model.load_state_dict(load_file(folder / "open_clip_model.safetensors"), strict=False)
     model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.5)                # half the cost, and sturdier patches
     text_cfg = CONFIG["model_cfg"]["text_cfg"]
@@ -374,10 +386,10 @@ def pretrain(folder, seed, pictures, steps, batch, precision, placed):
     towers = torch.compile(image_features)
     autocast = rectify.in_bf16(torch.device("cpu"), precision)
 
-    rng, order = np.random.default_rng([seed, 6 if placed else 2]), np.empty(0, int)
+    rng, order = np.random.default_rng([seed, STREAM[stage], 2] if stage > 1 else [seed, 2]), np.empty(0, int)
     bar = tqdm(range(steps), "pretraining")
     for step in bar:
-        lr = learning_rate(step, steps, 1.5e-3 if placed else 2e-3)
+        lr = learning_rate(step, steps, PEAK[stage])
         if len(order) < batch:                          # close-ups alone at first, everything after an eighth of the way
             order = rng.permutation(closeups if closeups and step < steps / 8 else len(images))
         index, order = np.sort(order[:batch]), order[batch:]
@@ -606,9 +618,9 @@ def main():
         md5 = hashlib.md5((args.out / "emoji-voc.tar").read_bytes()).hexdigest()
         print(f"emoji-voc.tar: md5 {md5} (rectify.DATASETS knows {rectify.DATASETS['emoji'][0][0][1]})")
     if args.only in (None, "clip"):
-        for placed, pictures, steps in ((False, args.pictures, args.steps),
+        for stage, pictures, steps in ((False, args.pictures, args.steps),
                                         (True, args.pictures // 2, args.steps // 4)):
-            pretrain(args.out / "clip", args.seed, pictures, steps, 128, args.precision, placed)
+            pretrain(args.out / "clip", args.seed, pictures, steps, 128, args.precision, stage)
     if args.only in (None, "backbone"):
         pretrain_backbone(args.out / "resnet18.safetensors", args.seed, args.closeups, args.backbone_steps, batch=128)
 
