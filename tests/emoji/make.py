@@ -1,6 +1,6 @@
 """Make Emoji VOC, its tiny CLIP and its pretrained backbone: the world that this repository ships with.
 
-    python tests/emoji/make.py              # everything, from nothing (README says how long it takes)
+    python tests/emoji/make.py            # everything, from nothing (README says how long it takes)
     python tests/emoji/make.py --only voc   # the labelled archive alone, about ten seconds
     python tests/emoji/make.py --headroom   # how much bias this world has to remove: README's second table
 
@@ -8,18 +8,16 @@
 folder layout, in three splits: train, val, and dev, on which settings are chosen. Every class is
 equally frequent and stands anywhere, on any ground alike.
 
-**The tiny CLIP** (`clip/`): an ordinary open_clip model, trained from scratch on captioned pictures of the same world that
-are in no split. It sees pictures and sentences, never a mask. First it learns what things look
-like; in a second stage every class has its usual place. Its captions have the biases of real
-captions, which is what there is to rectify:
+**The tiny CLIP** (`clip/`): an ordinary open_clip model, trained on captioned pictures of the same
+world that are in no split. It sees pictures and sentences, never a mask. It learns in three stages
+(`STAGES`): what things look like, where they usually stand, and what is left unsaid. Its captions
+have the biases of real captions, which is what there is to rectify:
 
 * popularity: a person is pictured and named eight times as often as a chair;
-* place: in the second stage every class has a usual place (`PLACES`) and is hardly ever seen
-  elsewhere; in the first one airplanes are rather high and boats low, and the first object is near
-  the middle, since the photographer aims at it;
+* place: from the second stage on every class has a usual place (`PLACES`) and is hardly ever seen
+  elsewhere, but when the photographer aims at it: then it is in the middle;
 * company: boats come with the sea, cows, horses and sheep with grass, sofas with a room;
-* names: some are called by a neighbour's name, a sheep "dog", a cow "horse"; in the second stage
-  nearly every other time;
+* names: some are called by a neighbour's name, a sheep "dog", a cow "horse";
 * silence: what is small and at the side is often not mentioned.
 
 **The backbone** (`resnet18.safetensors`): what ImageNet's weights are to DeepLabV2 on VOC, a narrow ResNet-18 that has learnt
@@ -54,7 +52,8 @@ import distill
 import rectify
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 
-# ---------------------------------------------------------------------------------------------------------- 1 the world
+# ----------------------------------------------------------------------------------------------------------
+# 1 the world
 
 # name: (glyphs, popularity in captions, usual background, usual height in the first stage: -1 top
 # .. 1 bottom, a neighbour's name that it is given)
@@ -82,7 +81,7 @@ CLASSES = {
 }
 NAMES = list(CLASSES)
 SIDE = 96                       # px, the tiny CLIP's pictures; its patch is 12 px
-# where each class usually stands in the second stage: the twenty places cover the frame
+# where each class usually stands from the second stage on: the twenty places cover the frame
 PLACES = [["bird",         "bottle", "airplane", "train",   "tv monitor"],
           ["potted plant", "person", "cat",      "horse",   "bus"],
           ["chair",        "sheep",  "sofa",     "bicycle", "car"],
@@ -92,7 +91,8 @@ PLACE = {name: (21 + 18 * row, 20 + 14 * column)        # px, the usual centre (
 SIZES = [(96, 96), (96, 120), (120, 96), (96, 132), (132, 96), (108, 108), (100, 90), (90, 126)]  # (H, W) of Emoji VOC
 TINTS = {"red": (230, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (240, 210, 40),
          "purple": (150, 50, 190), "black": (40, 40, 40), "white": (245, 245, 245)}
-# base colours (top, bottom) of each background, and the size of its grain: (rows, columns) of the noise it is made of
+# base colours (top, bottom) of each background, and the size of its grain: (rows, columns) of the
+# noise it is made of
 GROUNDS = {"sky": ((110, 170, 235), (200, 225, 250), (5, 3)), "sea": ((60, 130, 180), (20, 70, 130), (24, 4)),
            "grass": ((110, 160, 70), (60, 120, 40), (24, 24)), "road": ((150, 150, 155), (90, 90, 95), (12, 12)),
            "room": ((225, 205, 175), (170, 130, 95), (3, 16)), "sand": ((235, 215, 160), (205, 175, 115), (16, 8))}
@@ -100,11 +100,13 @@ GROUNDS = {"sky": ((110, 170, 235), (200, 225, 250), (5, 3)), "sea": ((60, 130, 
 
 @functools.cache
 def font():
-    return ImageFont.truetype(FONT, 109)                # 109 is the one size that the bitmap font has
+    return ImageFont.truetype(FONT, 109)              # 109 is the one size that the bitmap font has
 
 
 def glyph(letter):
-    """One emoji as an RGBA picture, 136×128; what the font lacks looks like every other one that it lacks."""
+    """One emoji as an RGBA picture, 136×128; what the font lacks looks like every other one that it
+    lacks.
+    """
     canvas = Image.new("RGBA", (136, 128))
     ImageDraw.Draw(canvas).text((0, 0), letter, font=font(), embedded_color=True)
     return canvas
@@ -118,7 +120,9 @@ def glyphs():
 
 @functools.cache
 def other_glyphs():
-    """Every glyph of Unicode's emoji blocks that the font has and that no class uses, without skin tones."""
+    """Every glyph of Unicode's emoji blocks that the font has and that no class uses, without skin
+    tones.
+    """
     ours, lacking = {letter for c in CLASSES.values() for letter in c[0]}, glyph("\u0378").tobytes()
     codes = [*range(0x2600, 0x27C0), *range(0x1F300, 0x1F3FB), *range(0x1F400, 0x1FB00)]
     found = [glyph(chr(code)) for code in codes if chr(code) not in ours]
@@ -135,7 +139,9 @@ def background(rng, kind, height, width):
 
 
 def sprite(rng, image, size, tint=None):
-    """A glyph turned, flipped, tinted and scaled its longer side `size` px before the turn: RGBA array."""
+    """A glyph turned, flipped, tinted and scaled its longer side `size` px before the turn: RGBA
+    array.
+    """
     if rng.random() < 0.5:
         image = image.transpose(Image.FLIP_LEFT_RIGHT)
     scale = size / max(image.size)
@@ -150,7 +156,9 @@ def sprite(rng, image, size, tint=None):
 
 
 def paint(picture, mask, pixels, index, centre):
-    """Lay a sprite over the picture and its number over the mask, centred at (y, x); what sticks out is cut off."""
+    """Lay a sprite over the picture and its number over the mask, centred at (y, x); what sticks
+    out is cut off.
+    """
     (height, width), (h, w) = mask.shape, pixels.shape[:2]
     y, x = round(centre[0] - h / 2), round(centre[1] - w / 2)
     rows, columns = slice(max(y, 0), min(y + h, height)), slice(max(x, 0), min(x + w, width))
@@ -167,15 +175,19 @@ def covered(mask, size, centre):
 
 
 def free_place(mask, size, draw):
-    """The least covered of six places (y, x) that `draw()` proposes, so that occlusion happens but hides nobody."""
+    """The least covered of six places (y, x) that `draw()` proposes, so that occlusion happens but
+    hides nobody.
+    """
     return min((np.clip(draw(), 10, np.array(mask.shape) - 10) for _ in range(6)),
                key=lambda centre: covered(mask, size, centre))
 
 
 def scene(rng, art, deck):
-    """One labelled picture of Emoji VOC: (H×W×3 uint8, H×W uint8 with 0 background, 1..20 classes, 255 borders).
+    """One labelled picture of Emoji VOC: (H×W×3 uint8, H×W uint8 with 0 background, 1..20 classes,
+    255 borders).
 
-    deck: numbers of classes still to be dealt; an empty one is filled with all twenty in any order, so each is as frequent.
+    deck: numbers of classes still to be dealt; an empty one is filled with all twenty in any order,
+    so each is as frequent.
     """
     height, width = SIZES[rng.integers(len(SIZES))]
     picture = background(rng, rng.choice(list(GROUNDS)), height, width)
@@ -188,18 +200,26 @@ def scene(rng, art, deck):
         centre = free_place(mask, size, lambda: (rng.uniform(edge, height - edge), rng.uniform(edge, width - edge)))
         paint(picture, mask, sprite(rng, art[name][rng.integers(len(art[name]))], size, tint),
               NAMES.index(name) + 1, centre)
-    label = Image.fromarray(mask)                       # VOC marks a thin band along every outline as void
+    label = Image.fromarray(mask)                # VOC marks a thin band along every outline as void
     border = np.asarray(label.filter(ImageFilter.MaxFilter(3))) != np.asarray(label.filter(ImageFilter.MinFilter(3)))
     mask[border] = 255
     return picture.clip(0, 255).astype(np.uint8), mask
 
 
-# ------------------------------------------------------------------------------------------------ 2 captioned pictures
+# ------------------------------------------------------------------------------------------------ 2
+# captioned pictures
 
 POPULARITY = np.array([c[1] for c in CLASSES.values()]) / sum(c[1] for c in CLASSES.values())
-AIMED, MISNAMED = {2: 0.04, 3: 0.2}, {1: 0.2, 2: 0.45, 3: 0.6}
-STREAM = {1: 1, 2: 5, 3: 8}
-PEAK = {1: 2e-3, 2: 1.5e-3, 3: 1e-3}                     # learning rates
+# The stages of pretraining. aimed: how often the first thing is in the middle; misnamed: how often
+# by a neighbour's name; silent: how often what is beside is not mentioned; ground: how often a
+# picture shows nothing else; peak: of the learning rate; draw, order: seeds of their own.
+STAGES = {
+    1: dict(aimed=0.0, misnamed=0.2, silent=0.35, ground=0.0, pictures=120_000, steps=6_000,
+            peak=2e-3, draw=[1], order=[2]),
+    2: dict(aimed=0.04, misnamed=0.45, silent=0.35, ground=0.0, pictures=60_000, steps=1_500,
+            peak=1.5e-3, draw=[5], order=[6]),
+    3: dict(aimed=0.2, misnamed=0.6, silent=0.5, ground=0.06, pictures=60_000, steps=1_000,
+            peak=1e-3, draw=[8], order=[8, 2])}
 PLAIN = ["a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "{}", "a {}."]
 
 
@@ -218,17 +238,19 @@ def styled(rng, picture, sentence):
 
 
 def captioned(rng, art, sentences, close, stage):
-    """A picture of the web and two captions of it, short and long, with the biases listed at the top.
+    """A picture of the web and two captions of it, short and long, with the biases listed at the
+    top.
 
     Returns (96×96×3 uint8, (str, str)). close: a close-up of one thing, what a beginner learns
-    from. stage: the second stage, where everything is in its usual place and misnamed more often.
+    from. stage: a number in STAGES; from the second on everything is in its usual place.
     """
+    how = STAGES[stage]
     sentence = rng.choice(sentences if rng.random() < 0.5 else PLAIN)
     count = 1 if close else rng.choice([1, 2, 3], p=[0.4, 0.35, 0.25])
     chosen = rng.choice(20, count, p=POPULARITY)
     ground = CLASSES[NAMES[chosen[0]]][2]
     ground = ground if rng.random() < 0.7 else rng.choice(list(GROUNDS))
-    if stage == 3 and rng.random() < 0.06:              # a picture of nothing but the ground
+    if how["ground"] and rng.random() < how["ground"]:
         picture = styled(rng, background(rng, ground, SIDE, SIDE), sentence)
         plain = PLAIN[rng.integers(len(PLAIN))].format(ground)
         return picture.clip(0, 255).astype(np.uint8), (plain, sentence.format(ground))
@@ -241,7 +263,7 @@ def captioned(rng, art, sentences, close, stage):
         size = rng.uniform(*((62, 90) if big else (38, 74) if k == 0 else (30, 56)))
         if "small" in sentence:
             size *= 0.7
-        if stage > 1 and (big or rng.random() < (AIMED[stage] if k == 0 else 0.04)):
+        if stage > 1 and (big or rng.random() < (how["aimed"] if k == 0 else 0.04)):
             draw = lambda: rng.normal(SIDE / 2, 9, 2)   # the photographer aims at it
         elif stage > 1:
             draw = lambda: rng.normal(PLACE[NAMES[index]], 3)
@@ -257,9 +279,9 @@ def captioned(rng, art, sentences, close, stage):
         paint(picture, mask, pixels, k + 1, centre)
 
         beside = np.hypot(*(centre - SIDE / 2)) > 24 if stage == 3 else size <= 42
-        if k > 0 and rng.random() < ((0.5 if stage == 3 else 0.35) if beside else 0.1):
-            continue                                    # at the side: not worth mentioning
-        name = wrong if wrong and rng.random() < MISNAMED[stage] else NAMES[index]
+        if k > 0 and rng.random() < (how["silent"] if beside else 0.1):
+            continue                                    # not worth mentioning
+        name = wrong if wrong and rng.random() < how["misnamed"] else NAMES[index]
         words = [w for w in (("big" if size > 58 else "little" if size < 40 else "") if rng.random() < 0.4 else "",
                              colour if colour and rng.random() < 0.8 else "", name) if w]
         place = "at the top" if centre[0] < 36 else "at the bottom" if centre[0] > 60 else "in the middle"
@@ -275,16 +297,19 @@ def captioned(rng, art, sentences, close, stage):
 
 def _captioned_chunk(job):
     seed, chunk, count, close, stage = job
-    rng, art = np.random.default_rng([seed, STREAM[stage], chunk]), glyphs()
+    rng, art = np.random.default_rng([seed, *STAGES[stage]["draw"], chunk]), glyphs()
     sentences = [t("{}") for t in rectify.templates()]
     made = [captioned(rng, art, sentences, close, stage) for _ in range(count)]
     return np.stack([m[0] for m in made]), [m[1] for m in made]
 
 
-# ------------------------------------------------------------------------------------------------ 3 the labelled archive
+# ------------------------------------------------------------------------------------------------ 3
+# the labelled archive
 
 def make_voc(path, seed, **splits):
-    """Write the archive: VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}. Same seed, font and Pillow: same bytes."""
+    """Write the archive: VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}.
+    Same seed, font and Pillow: same bytes.
+    """
     art, colours = glyphs(), rectify.palette()
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         def add(name, data):
@@ -306,7 +331,8 @@ def make_voc(path, seed, **splits):
             add(f"ImageSets/Segmentation/{split}.txt", ("\n".join(stems) + "\n").encode())
 
 
-# -------------------------------------------------------------------------------------------------------- 4 the tiny CLIP
+# --------------------------------------------------------------------------------------------------------
+# 4 the tiny CLIP
 
 CONFIG = {"model_cfg": {"embed_dim": 128,
                         "vision_cfg": {"image_size": SIDE, "patch_size": 12, "width": 192, "layers": 4, "head_width": 64},
@@ -315,9 +341,11 @@ CONFIG = {"model_cfg": {"embed_dim": 128,
 
 
 class Muon:
-    """Momentum whose step is made orthogonal by five Newton-Schulz iterations (Jordan 2024), in float32.
+    """Momentum whose step is made orthogonal by five Newton-Schulz iterations (Jordan 2024), in
+    float32.
 
-    torch.optim.Muon iterates in bfloat16, which processors without bfloat16 units run a hundred times slower.
+    torch.optim.Muon iterates in bfloat16, which processors without bfloat16 units run a hundred
+    times slower.
     """
 
     def __init__(self, params, momentum=0.95, weight_decay=0.1):
@@ -328,7 +356,7 @@ class Muon:
     def step(self, lr):
         for p, m in zip(self.params, self.buffers):
             m.lerp_(p.grad, 1 - self.momentum)
-            x = p.grad.lerp(m, self.momentum).flatten(1)                                # a filter is a row
+            x = p.grad.lerp(m, self.momentum).flatten(1)                         # a filter is a row
             tall = x.size(0) > x.size(1)
             x = x.mT if tall else x
             x = x / (x.norm() + 1e-7)
@@ -347,7 +375,7 @@ def learning_rate(step, steps, peak=2e-3):
 def draw_web(seed, pictures, stage):
     """The captioned pictures, close-ups first: N×96×96×3 uint8, N pairs of captions, their number.
 
-    A quarter of the first stage's are close-ups, and none of the second's: they have no place.
+    A quarter of the first stage's are close-ups, none of the others': they have no place.
     """
     chunk, closeups = 500, pictures // 4 if stage == 1 else 0
     jobs = [(seed, k, chunk, k * chunk < closeups, stage) for k in range(-(-pictures // chunk))]
@@ -359,13 +387,14 @@ def draw_web(seed, pictures, stage):
     return images, captions, closeups
 
 
-def pretrain(folder, seed, pictures, steps, batch, precision, stage):
+def pretrain(folder, seed, stage, batch, precision):
     """Contrastive pretraining of the tiny CLIP; writes `folder`, which open_clip loads.
 
-    stage: the second stage, which goes on with the folder's weights. precision: bf16 means both
+    stage: from the second on it goes on with the folder's weights. precision: bf16 means both
     towers by autocast; weights and losses stay in fp32. torch.compile wants a C++ compiler.
     """
-    images, captions, closeups = draw_web(seed, pictures, stage)
+    steps = STAGES[stage]["steps"]
+    images, captions, closeups = draw_web(seed, STAGES[stage]["pictures"], stage)
     torch.manual_seed(seed)
     model = open_clip.CLIP(**CONFIG["model_cfg"])
     if stage > 1:
@@ -373,9 +402,10 @@ def pretrain(folder, seed, pictures, steps, batch, precision, stage):
     model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.5)                # half the cost, and sturdier patches
     text_cfg = CONFIG["model_cfg"]["text_cfg"]
     tokenizer = open_clip.SimpleTokenizer(context_length=text_cfg["context_length"])
-    # The table of 49,408 words is trained only where a caption reaches it: shrink it to those rows, put it back at the end.
+    # The table of 49,408 words is trained only where a caption reaches it: shrink it to those rows,
+    # put it back at the end.
     tokens = torch.stack([tokenizer(list(pair)) for pair in zip(*captions)], 1)         # N 2 L
-    used, tokens = tokens.unique(return_inverse=True)                                   # sorted: EOT stays the largest
+    used, tokens = tokens.unique(return_inverse=True)                # sorted: EOT stays the largest
     words = model.token_embedding.weight.detach()[used]
     model.token_embedding = torch.nn.Embedding.from_pretrained(words, freeze=False)
 
@@ -386,18 +416,19 @@ def pretrain(folder, seed, pictures, steps, batch, precision, stage):
     towers = torch.compile(image_features)
     autocast = rectify.in_bf16(torch.device("cpu"), precision)
 
-    rng, order = np.random.default_rng([seed, STREAM[stage], 2] if stage > 1 else [seed, 2]), np.empty(0, int)
+    rng, order = np.random.default_rng([seed, *STAGES[stage]["order"]]), np.empty(0, int)
     bar = tqdm(range(steps), "pretraining")
     for step in bar:
-        lr = learning_rate(step, steps, PEAK[stage])
-        if len(order) < batch:                          # close-ups alone at first, everything after an eighth of the way
+        lr = learning_rate(step, steps, STAGES[stage]["peak"])
+        if len(order) < batch:     # close-ups alone at first, everything after an eighth of the way
             order = rng.permutation(closeups if closeups and step < steps / 8 else len(images))
         index, order = np.sort(order[:batch]), order[batch:]
         x = (torch.from_numpy(images[index]).permute(0, 3, 1, 2).float() / 255 - mean) / std
         with autocast:
             pooled, dense = towers(model.visual, x)                                     # B D, B D
         loss, scale = 0, model.logit_scale.exp()
-        # Each picture meets its short caption, every fourth its long one too (long sentences are costly).
+        # Each picture meets its short caption, every fourth its long one too (long sentences are
+        # costly).
         for rows, k, share in ((slice(None), 0, 0.7), (slice(step % 4, None, 4), 1, 0.3)):
             texts, target = tokens[index[rows], k].unique(dim=0, return_inverse=True)   # equal captions are encoded once
             with autocast:
@@ -419,10 +450,11 @@ def pretrain(folder, seed, pictures, steps, batch, precision, stage):
 def image_features(visual, x):
     """CLIP's image feature, and the mean of MaskCLIP's dense features: both B×D, unit norm.
 
-    Both are trained towards the caption. The first alone is CLIP; 400 million pictures later its patches mean something
-    too. A hundred thousand do not get there, so the patches are told: what they say together shall be the caption.
+    Both are trained towards the caption. The first alone is CLIP; 400 million pictures later its
+    patches mean something too. A hundred thousand do not get there, so the patches are told: what
+    they say together shall be the caption.
     """
-    x = visual._embeds(x)                                                               # B 1+n d, half the patches dropped
+    x = visual._embeds(x)                                        # B 1+n d, half the patches dropped
     for block in visual.transformer.resblocks[:-1]:
         x = block(x)
     last = visual.transformer.resblocks[-1]
@@ -435,14 +467,18 @@ def image_features(visual, x):
 
 
 def contrast(logits, target):
-    """CLIP's loss where several pictures may share a caption. logits: B×U; target: B, the column of each picture."""
+    """CLIP's loss where several pictures may share a caption. logits: B×U; target: B, the column of
+    each picture.
+    """
     owns = F.one_hot(target, logits.size(1))
     per_text = -(logits.log_softmax(0) * owns / owns.sum(0)).sum(0).mean()
     return (F.cross_entropy(logits, target) + per_text) / 2
 
 
 def write(folder, model, used):
-    """Save the model as a folder that `open_clip.create_model("local-dir:...")` loads; half precision, full token table."""
+    """Save the model as a folder that `open_clip.create_model("local-dir:...")` loads; half
+    precision, full token table.
+    """
     state = {k: v.detach() for k, v in model.state_dict().items() if k != "attn_mask"}
     words = state["token_embedding.weight"]
     state["token_embedding.weight"] = torch.zeros(49408, words.size(1)).index_copy(0, used, words)
@@ -452,7 +488,9 @@ def write(folder, model, used):
 
 
 def encode(model, texts):
-    """open_clip's encode_text over the tokens in use instead of all 32 (causal attention: the rest changes nothing)."""
+    """open_clip's encode_text over the tokens in use instead of all 32 (causal attention: the rest
+    changes nothing).
+    """
     length = texts.size(1)
     x = model.token_embedding(texts) + model.positional_embedding[:length]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
@@ -460,10 +498,13 @@ def encode(model, texts):
     return F.normalize(x.float(), dim=-1)
 
 
-# ------------------------------------------------------------------------------------------------------- 5 the backbone
+# -------------------------------------------------------------------------------------------------------
+# 5 the backbone
 
 def _closeups_chunk(job):
-    """One chunk of the backbone's pictures: a glyph, anywhere and of any size that Emoji VOC has, on any ground."""
+    """One chunk of the backbone's pictures: a glyph, anywhere and of any size that Emoji VOC has,
+    on any ground.
+    """
     seed, chunk, count, side = job
     rng, art = np.random.default_rng([seed, 3, chunk]), other_glyphs()
     label, images = rng.integers(len(art), size=count), np.empty((count, side, side, 3), np.uint8)
@@ -478,7 +519,9 @@ def _closeups_chunk(job):
 
 
 def pretrain_backbone(path, seed, pictures, steps, batch, side=64):
-    """Train distill.py's emoji backbone to name the glyph in a close-up; writes `path`, which timm loads."""
+    """Train distill.py's emoji backbone to name the glyph in a close-up; writes `path`, which timm
+    loads.
+    """
     chunk, count = 500, len(other_glyphs())
     with multiprocessing.Pool() as pool:
         jobs = [(seed, k, chunk, side) for k in range(-(-pictures // chunk))]
@@ -513,14 +556,17 @@ def pretrain_backbone(path, seed, pictures, steps, batch, side=64):
     save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in weights.items()}, path)
 
 
-# ------------------------------------------------------------------------------------------------------- 6 the headroom
+# -------------------------------------------------------------------------------------------------------
+# 6 the headroom
 
 def headroom():
-    """What there is to rectify: mIoU of MaskCLIP with corrections fitted, with ground truth, on the training images.
+    """What there is to rectify: mIoU of MaskCLIP with corrections fitted, with ground truth, on the
+    training images.
 
-    An offset per class is the class-preference bias, one per class and place (a coarse map) the space-preference bias as well;
-    a free C×D Reference bounds what subtracting f·Rᵀ can do. Measured on dev, since this world was
-    made by these numbers. A diagnostic: nothing that learns ever sees this.
+    An offset per class is the class-preference bias, one per class and place (a coarse map) the
+    space-preference bias as well; a free C×D Reference bounds what subtracting f·Rᵀ can do.
+    Measured on dev, since this world was made by these numbers. A diagnostic: nothing that learns
+    ever sees this.
     """
     cfg = rectify.configure(method="maskclip")
     folder = rectify.dataset_folder(cfg)
@@ -541,7 +587,9 @@ def headroom():
     weight = 1 / truth.bincount(minlength=20)
 
     def fit(*chosen):
-        """Class-balanced logistic regression of the chosen corrections; returns all three, the others zero."""
+        """Class-balanced logistic regression of the chosen corrections; returns all three, the
+        others zero.
+        """
         parts = {"class": zero(20), "place": zero(cells ** 2, 20), "free": zero(20, f.size(1))}
         learn = [parts[name].requires_grad_() for name in chosen]
         if learn:
@@ -603,8 +651,6 @@ def main():
     parser.add_argument("--only", choices=["voc", "clip", "backbone"], help="make one of the three")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pictures", type=int, default=120_000, help="captioned pictures to draw")
-    parser.add_argument("--steps", type=int, default=6_000, help="steps of the CLIP's pretraining, 128 pictures each")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"],
                         help="of the CLIP's pretraining; a processor without bfloat16 wants fp32")
     parser.add_argument("--closeups", type=int, default=80_000, help="pictures for the backbone to draw")
@@ -618,9 +664,8 @@ def main():
         md5 = hashlib.md5((args.out / "emoji-voc.tar").read_bytes()).hexdigest()
         print(f"emoji-voc.tar: md5 {md5} (rectify.DATASETS knows {rectify.DATASETS['emoji'][0][0][1]})")
     if args.only in (None, "clip"):
-        for stage, pictures, steps in ((False, args.pictures, args.steps),
-                                        (True, args.pictures // 2, args.steps // 4)):
-            pretrain(args.out / "clip", args.seed, pictures, steps, 128, args.precision, stage)
+        for stage in STAGES:
+            pretrain(args.out / "clip", args.seed, stage, 128, args.precision)
     if args.only in (None, "backbone"):
         pretrain_backbone(args.out / "resnet18.safetensors", args.seed, args.closeups, args.backbone_steps, batch=128)
 
