@@ -256,11 +256,10 @@ def last_block(block, x, grid, attention):
     return v + block.ls_2(block.mlp(block.ln_2(v)))
 
 
-def encode_image(clip, x, attention):
-    """CLIP's image tower for images x: B×3×H×W of any size, normalized; padded to whole patches.
+def earlier_blocks(clip, x):
+    """All of CLIP's image tower but its last block: (tokens B×(1+hw)×d, grid (h, w)).
 
-    attention: of the last block. "stock" gives CLIP's own image feature, B×D; the others the dense
-    feature f, B×D×h×w. Both of unit norm.
+    x: B×3×H×W of any size, normalized; padded to whole patches.
     """
     visual = clip.visual
     p_h, p_w = visual.patch_size
@@ -272,6 +271,17 @@ def encode_image(clip, x, attention):
     x = visual.ln_pre(torch.cat([cls.expand(len(x), 1, -1), x], dim=1))     # B 1+hw d
     for block in visual.transformer.resblocks[:-1]:
         x = block(x)
+    return x, grid
+
+
+def encode_image(clip, x, attention):
+    """CLIP's image tower for images x: B×3×H×W of any size, normalized.
+
+    attention: of the last block. "stock" gives CLIP's own image feature, B×D; the others the dense
+    feature f, B×D×h×w. Both of unit norm.
+    """
+    visual = clip.visual
+    x, grid = earlier_blocks(clip, x)
     x = last_block(visual.transformer.resblocks[-1], x, grid, attention)
     if attention == "stock":
         return F.normalize((visual._pool(x)[0] @ visual.proj).float(), dim=-1)  # B D
@@ -706,6 +716,7 @@ class Found(NamedTuple):
     iou: float                                                              # percent
     label: int                                                              # its class
     sample: "Sample"
+    whole: bool                                                         # the image does not cut it
 
 
 def objects(label, prediction, sample):
@@ -716,7 +727,8 @@ def objects(label, prediction, sample):
         truth, guess = label == c, (prediction == c) & known
         distance = (truth.nonzero().float().mean(0).cpu() - centre).norm()
         hit = (truth & guess).sum() / (truth | guess).sum()
-        found.append(Found(distance.item(), 100 * hit.item(), c.item(), sample))
+        edge = torch.cat([truth[0], truth[-1], truth[:, 0], truth[:, -1]])
+        found.append(Found(distance.item(), 100 * hit.item(), c.item(), sample, not edge.any()))
     return found
 
 
@@ -1464,22 +1476,26 @@ def figure5(predict, found, names, base=1):
 
 def figure1a(found, ring):
     """Fig. 1(a): mean IoU of the objects in each ring around the image's centre, a line per method.
-    ring: px.
+
+    ring: px. Pale: all objects. What the image cuts is farther out and worse for that alone, so the
+    strong lines are of whole objects, where there are any.
     """
     from matplotlib.figure import Figure
-    distances = np.array([thing.distance for thing in found["maskclip"]])
-    ring *= max(1, math.ceil(distances.max() / ring / 8))                   # eight rings at most
-    rings, counts = np.unique(distances // ring, return_counts=True)
+    things = [t for t in found["maskclip"] if t.whole] or found["maskclip"]
+    ring *= max(1, math.ceil(max(t.distance for t in things) / ring / 8))   # eight rings at most
+    rings, counts = np.unique([t.distance // ring for t in things], return_counts=True)
     figure = Figure((8, 4.6), layout="constrained")
     axis = figure.subplots()
-    for style, (method, things) in zip(LINES, found.items()):
-        means = [np.mean([t.iou for t in things if t.distance // ring == r]) for r in rings]
-        label = TITLES.get(method, method)
-        axis.plot(range(len(rings)), means, label=label, linewidth=2.5, markersize=8, **style)
+    for style, (method, every) in zip(LINES, found.items()):
+        whole = [t for t in every if t.whole] or every
+        for things, look in ((every, dict(alpha=0.25)),
+                             (whole, dict(linewidth=2.5, label=TITLES.get(method, method)))):
+            means = [np.mean([t.iou for t in things if t.distance // ring == r]) for r in rings]
+            axis.plot(range(len(rings)), means, markersize=8, **style, **look)
     ticks = [f"{r * ring:.0f}-{(r + 1) * ring:.0f}\nn={n}" for r, n in zip(rings, counts)]
     axis.set_xticks(range(len(rings)), ticks)
-    axis.set(xlabel="distance of the object from the image's centre, px; n objects",
-             ylabel="mean IoU of the objects, %", ylim=(0, None), title="Fig. 1(a)")
+    axis.set(xlabel="distance of the object from the image's centre, px; n whole objects",
+             ylabel="mean IoU, %", ylim=(0, None), title="Fig. 1(a): whole objects (pale: all)")
     axis.grid(axis="y", alpha=0.4)
     axis.legend()
     return figure

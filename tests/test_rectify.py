@@ -822,6 +822,7 @@ def test_objects_know_their_distance_from_the_centre():
     prediction[2, 3], prediction[0, 0] = 3, 1
     found = rectify.objects(label, prediction, "sample")
     assert [(thing.label, thing.sample) for thing in found] == [(c, "sample") for c in (0, 1, 3)]
+    assert [thing.whole for thing in found] == [False, False, True]
     distances = [thing.distance for thing in found]
     assert distances == pytest.approx([math.hypot(2, 3), math.hypot(2, 2.5), 0])
     # class 0: its pixel, and one of class 1's

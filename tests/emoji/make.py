@@ -631,11 +631,10 @@ def middle_and_edge(found):
     those that are whole and alone in their picture: what is covered or cut off is worse anyway.
     """
     whole = []
-    for distance, score, c, sample in found:
-        mask = np.asarray(Image.open(sample.label))
-        border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
-        if set(np.unique(mask)) == {0, c + 1, rectify.VOID} and not (border == c + 1).any():
-            whole.append((distance, score, (mask == c + 1).sum()))
+    for thing in found:
+        mask = np.asarray(Image.open(thing.sample.label))
+        if set(np.unique(mask)) == {0, thing.label + 1, rectify.VOID} and thing.whole:
+            whole.append((thing.distance, thing.iou, (mask == thing.label + 1).sum()))
     distance, score, area = np.array(whole).T
     outer, edges = distance > np.median(distance), np.quantile(area, (0, 1 / 3, 2 / 3, 1))
     print("IoU of whole objects, alone in their picture, up to and beyond "
