@@ -149,9 +149,7 @@ def train(segmenter, samples, parameters, loss, how):
 
 
 def last_tokens(clip, x):
-    """(input, output) of CLIP's last block with its own attention, B×(1+hw)×d both; x: B×3×H×W,
-    normalized.
-    """
+    """(input, output) of CLIP's own last block, B×(1+hw)×d both; x: B×3×H×W, normalized."""
     kept = {}
     keep = lambda block, args, output: kept.update(pair=(args[0], output))
     with clip.visual.transformer.resblocks[-1].register_forward_hook(keep):
@@ -183,9 +181,7 @@ def image_scores(segmenter, samples, T):
 
 
 def patch_weights(f, T_c, r_ctx):
-    """w = σ(10·cos(f, T_c)) · Π (1 − σ(cos(φ, r_ctx))): K of patches f = φ: K×D; T_c: D; r_ctx:
-    context words×D.
-    """
+    """w = σ(10·cos(f, T_c)) · Π (1 − σ(cos(φ, r_ctx))): K of patches f = φ: K×D; T_c: D."""
     return (10 * f @ T_c).sigmoid() * (1 - (f @ r_ctx.T).sigmoid()).prod(1)
 
 
@@ -241,15 +237,12 @@ def reco(segmenter, samples):
 # ======================================================================= 4 CLIPpy (Ranasinghe 2023)
 
 def patch_features(clip, x):
-    """B×hw×D of normalized images: the patches after CLIP's last block, its own attention, in text
-    space.
-    """
+    """B×hw×D of normalized images: the patches after CLIP's own last block, in text space."""
     return clip.visual.ln_post(last_tokens(clip, x)[1][:, 1:]) @ clip.visual.proj
 
 
 def max_pool(features, valid):
-    """z: B×D of unit norm, each channel's maximum over the patches; features: B×hw×D; valid:
-    B×h×w bool, false for padding.
+    """z: B×D, unit norm, each channel's maximum over valid patches; features: B×hw×D; valid: B×h×w.
     """
     z = features.masked_fill(~valid.flatten(1)[..., None], -torch.inf).amax(1)
     return F.normalize(z, dim=-1)
@@ -282,9 +275,7 @@ def clippy(segmenter, samples, how, pool="max"):
 # ================================================================================= 5 TCL (Cha 2023)
 
 class GatedUpsampling(nn.Module):
-    """B×D×h×w to B×D×2h×2w: nearest ×2, then twice x + tanh(g)·conv3×3(GELU(LN x)); g starts at
-    0.
-    """
+    """B×D×h×w to B×D×2h×2w: nearest ×2, then twice x + tanh(g)·conv3×3(GELU(LN x)); g = 0 first."""
 
     def __init__(self, D):
         super().__init__()
@@ -330,9 +321,7 @@ def pooled(m, e):
 
 
 def area_loss(m, P, valid):
-    """|mean positive mask − 0.4| + mean negative mask; m: B×U×h×w in [0, 1], P: B×U bool, valid:
-    B×h×w.
-    """
+    """|mean positive mask − 0.4| + mean negative mask; m: B×U×h×w, P: B×U bool, valid: B×h×w."""
     area = (m * valid[:, None]).sum((2, 3)) / valid.sum((1, 2))[:, None]    # B U
     negative = area[~P].mean() if (~P).any() else 0
     return (area[P].mean() - 0.4).abs() + negative
@@ -383,9 +372,7 @@ def tcl(segmenter, samples, how):
 # ============================================================================= 6 GroupViT (Xu 2022)
 
 def assign(logits, noisy):
-    """One-hot over the groups: B×G×n of logits B×G×n; in training hard Gumbel-Softmax, else the
-    largest. Its gradient is the softmax's.
-    """
+    """One-hot over G, of logits B×G×n: hard Gumbel-Softmax (straight through), or the largest."""
     if noisy:
         return F.gumbel_softmax(logits, tau=1, hard=True, dim=1)
     return F.one_hot(logits.argmax(1), logits.size(1)).mT.to(logits)
@@ -491,7 +478,7 @@ RIVALS = {"reco": ("ReCo", reco, None), "clippy": ("CLIPpy", clippy, "clippy"),
 
 
 def masks(segmenter, dense, images):
-    """B×H×W uint8 of uint8 images B×3×H×W, decided as ReCLIP's are, but that nothing is denoised."""
+    """B×H×W uint8 of uint8 images B×3×H×W, decided as ReCLIP's; nothing is denoised."""
     x = rectify.resize_to_fit(images.to(segmenter.device), segmenter.cfg.size)
     with torch.no_grad():
         logits = dense(x)
@@ -502,9 +489,7 @@ def masks(segmenter, dense, images):
 
 
 def write_masks(segmenter, dense, samples, folder):
-    """The masks of samples as PNGs with VOC's values, folder/<name>.png, as distill.py reads
-    them.
-    """
+    """The masks of samples as folder/<name>.png, with VOC's values, as distill.py reads them."""
     for group, images, _ in rectify.batches_of_one_size(samples, 16):
         for sample, mask in zip(group, masks(segmenter, dense, images).cpu()):
             path = folder / f"{sample.name}.png"

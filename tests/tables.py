@@ -247,7 +247,7 @@ def markdown(table, dataset, recipe, seeds, measured):
     where there are any.
     """
     published, column = PUBLISHED.get((table, dataset, recipe), {}), "published"
-    if table in ("table10", "table11") and dataset == "emoji":     # another world, the same question
+    if table in ("table10", "table11") and dataset == "emoji":                # another world
         published, column = PUBLISHED[table, "voc", "2024"], "published, on VOC"
     columns = list(next(iter(measured.values()))[0])
     head = ["", *columns, *[column] * bool(published)]

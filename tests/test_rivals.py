@@ -194,7 +194,7 @@ def test_clippy_trains_a_copy_and_reco_trains_nothing(segmenter, mini, monkeypat
 @pytest.mark.parametrize("name", list(rivals.RIVALS))
 def test_the_command_line_writes_masks_that_ground_truth_cannot_change(
         name, mini, tmp_path, monkeypatch, capsys):
-    """On scrambled labels a rival writes the same masks, and another mIoU; distill.py takes them."""
+    """On scrambled labels a rival writes the same masks, and has another mIoU."""
     monkeypatch.setattr(rivals, "EXAMPLES", 2)
     monkeypatch.setattr(rivals, "TRAINING", RATES)
     scrambled = tmp_path / "mini"
