@@ -499,11 +499,14 @@ def write_masks(segmenter, dense, samples, folder):
 
 def reclip(argv, out):
     """The Segmenter of ReCLIP in `out`; trained there first unless it is. Raises UserError."""
+    options = [*argv, "--method", "reclip", "--out", str(out)]
+    typed = rectify.command_line(rectify.Config, rectify.__doc__, rectify.RECIPES, options)
+    if not (out / "rectify.pt").is_file():
+        rectify.main([*options, "--resume"])
     try:
-        rectify.main([*argv, "--method", "reclip", "--out", str(out), "--resume"])
+        return rectify.load_segmenter(out / "rectify.pt", **typed)
     except rectify.UserError as error:
         raise rectify.UserError(f"{error}; --out takes another folder") from error
-    return rectify.load_segmenter(out / "rectify.pt", out=str(out))
 
 
 def main(argv=None):

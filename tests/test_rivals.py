@@ -215,6 +215,9 @@ def test_the_command_line_writes_masks_that_ground_truth_cannot_change(
         written.append({p.name: np.asarray(Image.open(p)) for p in (out / name).glob("*.png")
                         if p.name != "figure4.png"})
         assert (out / name / "figure4.png").is_file()
+    with pytest.raises(rectify.UserError, match="--seed 1.*--out takes another folder"):
+        rivals.main([name, "--data", str(scrambled), "--names", str(scrambled / "names.txt"),
+                     "--dataset", "emoji", "--out", str(out), "--seed", "1"])
     title = rivals.RIVALS[name][0]
     assert list(reports[0]) == ["maskclip", "reclip", title]
     assert reports[0][title] != reports[1][title]
