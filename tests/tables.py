@@ -7,8 +7,10 @@ runs/tables.md.
     python tests/tables.py attention        # attentions for dense prediction, rectified or not
     python tests/tables.py table8           # the encoder frozen or trained too
     python tests/tables.py table9           # the threshold t of the hypothesis
-    python tests/tables.py table11          # DeepLabV2, taught by MaskCLIP, ReCLIP, ReCLIP++ and
-                                            # folders of masks (--masks)
+    python tests/tables.py table10          # teachers in the unsupervised setting: GroupViT, TCL,
+                                            # ReCLIP
+    python tests/tables.py table11          # DeepLabV2, taught by CLIPpy, ReCo, MaskCLIP, ReCLIP,
+                                            # ReCLIP++ and folders of masks (--masks)
     python tests/tables.py losses           # DeepLabV2 with some of its three losses, after four
                                             # epochs, of runs/<dataset>
     python tests/tables.py views            # augmented views computed once, against new ones in
@@ -21,8 +23,8 @@ the regime of the CVPR paper, and --seeds: 0, 1, 2 by default, of `published` 0 
 400 epochs a seed. Fig. 1(a), 4 and 5 are drawn by every run of rectify.py.
 
 A variant that rectifies does what `python rectify.py` does; features are computed once a seed and
-shared. table11 calls rectify.py and distill.py, in runs/table11/, and goes on there after an
-interrupt.
+shared. table10 and table11 call rectify.py, tests/rivals.py and distill.py, in runs/table11/, and
+go on there after an interrupt.
 """
 import argparse
 import contextlib
@@ -36,9 +38,10 @@ from unittest import mock
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import distill  # noqa: E402  (after the path to it)
 import rectify  # noqa: E402
+import rivals  # noqa: E402
 
 RECLIP = dict(method="reclip")
 BOTH = {"ReCLIP": RECLIP, "ReCLIP++": dict(method="reclip++")}
@@ -83,7 +86,7 @@ VARIANTS = {
         f"{title}, {precision}": options | dict(precision=precision)
         for title, options in BOTH.items() for precision in ("fp32", "bf16")},
 }
-# (table, dataset, regime): {row: mIoU}; Tables 8, 9 and 11, and for `main` the methods' own
+# (table, dataset, regime): {row: mIoU}; Tables 8 to 11, and for `main` the methods' own
 PUBLISHED = {
     ("main", "voc", "2024"): {"ReCLIP": 58.5, "ReCLIP++": 73.5},
     ("main", "voc", ""): {"ReCLIP++": 85.4},
@@ -95,6 +98,8 @@ PUBLISHED = {
     ("table8", "context", "2024"): {"frozen": 25.8, "fine-tuned": 21.7},
     ("table9", "voc", "2024"): {
         f"t = {t}": v for t, v in zip(PAPERS, (57.6, 57.9, 58.5, 57.6, 57.2))},
+    ("table10", "voc", "2024"): {"GroupViT": "very low", "TCL": 32.6, "ReCLIP": 58.5},
+    ("table10", "context", "2024"): {"TCL": 12.0, "ReCLIP": 25.8},
     ("table11", "voc", "2024"): {"MaskCLIP+": 70.0, "ReCLIP": 75.4, "ReCLIP++": 79.2,
                                  "CLIPpy+": 59.4, "ReCo+": 69.7},
     ("table11", "context", "2024"): {"ReCLIP": 33.8, "ReCLIP++": 34.5},
@@ -152,20 +157,50 @@ def rectified(options, seed, most_views, kept, marks=()):
             "recall of y": 100 * quality["recall"]} | earlier
 
 
-def distilled(dataset, recipe, teacher, seed):
-    """A student, measured, by the command lines of rectify.py and distill.py; teacher: a method, or
-    a folder of masks.
-    """
-    method = teacher if teacher == "reclip++" else "reclip"
+def run_of(dataset, recipe, method, seed):
+    """(Its folder, the options of rectify.py) of the run that tables 10 and 11 share."""
     out = Path("runs/table11") / "-".join(filter(None, [dataset, recipe, method, str(seed)]))
-    common = ["--dataset", dataset, "--out", str(out), "--seed", str(seed), "--resume"]
     regime = ["--recipe", recipe] if recipe else []
-    rectify.main([*common, *regime, "--method", method])
-    distill.main([*common, "--teacher", teacher])
-    report = (out if teacher == method else out / Path(teacher).resolve().name) / "distill.json"
+    return out, ["--dataset", dataset, *regime, "--out", str(out), "--seed", str(seed)]
+
+
+def rival(dataset, recipe, name, seed):
+    """{title: result} of MaskCLIP, ReCLIP and a rival, by the command line of rivals.py."""
+    out, options = run_of(dataset, recipe, "reclip", seed)
+    report = out / name / "rivals.json"
+    if not report.is_file():
+        rivals.main([name, *options])
+    return json.loads(report.read_text())["results"]
+
+
+def undistilled(dataset, recipe, name, seed):
+    """A teacher of Table 10, measured: a rival, or "reclip"."""
+    if name == "reclip":
+        out, options = run_of(dataset, recipe, name, seed)
+        rectify.main([*options, "--method", name, "--resume"])
+        results, title = json.loads((out / "rectify.json").read_text())["results"], name
+    else:
+        results, title = rival(dataset, recipe, name, seed), rivals.RIVALS[name][0]
+    found = results[title]["mIoU"]
+    return {"mIoU": found, "gain over MaskCLIP": found - results["maskclip"]["mIoU"]}
+
+
+def distilled(dataset, recipe, teacher, seed):
+    """A student, measured, by the command lines of rectify.py, rivals.py and distill.py; teacher: a
+    method, a rival, or a folder of masks.
+    """
+    method, own = teacher if teacher == "reclip++" else "reclip", np.nan
+    out, options = run_of(dataset, recipe, method, seed)
+    rectify.main([*options, "--method", method, "--resume"])
+    folder = out / teacher if teacher in rivals.RIVALS else teacher
+    if teacher in rivals.RIVALS:
+        own = rival(dataset, recipe, teacher, seed)[rivals.RIVALS[teacher][0]]["mIoU"]
+    distill.main(["--dataset", dataset, "--out", str(out), "--seed", str(seed), "--resume",
+                  "--teacher", str(folder)])
+    report = (out if teacher == method else out / Path(folder).resolve().name) / "distill.json"
     results = json.loads(report.read_text())["results"]
     return {"mIoU": results["student"]["mIoU"],
-            "its teacher": results[teacher]["mIoU"] if teacher in results else np.nan}
+            "its teacher": results[teacher]["mIoU"] if teacher in results else own}
 
 
 def taught(dataset, weights, seed, kept, epochs=4):
@@ -193,8 +228,13 @@ def rows_of(table, dataset, recipe, masks):
     if table == "losses":
         return {title: lambda seed, kept, w=weights: taught(dataset, w, seed, kept)
                 for title, weights in LOSSES.items()}
+    if table == "table10":
+        teachers = {"GroupViT": "groupvit", "TCL": "tcl", "ReCLIP": "reclip"}
+        return {title: lambda seed, kept, t=teacher: undistilled(dataset, recipe, t, seed)
+                for title, teacher in teachers.items()}
     if table == "table11":
-        teachers = {"MaskCLIP+": "maskclip", "ReCLIP": "reclip", "ReCLIP++": "reclip++"}
+        teachers = {"CLIPpy+": "clippy", "ReCo+": "reco", "MaskCLIP+": "maskclip",
+                    "ReCLIP": "reclip", "ReCLIP++": "reclip++"}
         teachers |= {f"{Path(folder).name}+": folder for folder in masks}
         return {title: lambda seed, kept, t=teacher: distilled(dataset, recipe, t, seed)
                 for title, teacher in teachers.items()}
@@ -210,9 +250,11 @@ def markdown(table, dataset, recipe, seeds, measured):
     """The table as Markdown: means over the seeds, the spread of mIoU, and the published numbers
     where there are any.
     """
-    published = PUBLISHED.get((table, dataset, recipe), {})
+    published, column = PUBLISHED.get((table, dataset, recipe), {}), "published"
+    if table in ("table10", "table11") and dataset == "emoji":                # another world
+        published, column = PUBLISHED[table, "voc", "2024"], "published, on VOC"
     columns = list(next(iter(measured.values()))[0])
-    head = ["", *columns, *["published"] * bool(published)]
+    head = ["", *columns, *[column] * bool(published)]
     what = " ".join(filter(None, [table, dataset, recipe]))
     lines = [f"### {what}, seeds {' '.join(map(str, seeds))}", "", f"| {' | '.join(head)} |",
              "|---" * len(head) + "|"]
@@ -229,7 +271,7 @@ def markdown(table, dataset, recipe, seeds, measured):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=[*VARIANTS, "table11", "losses"])
+    parser.add_argument("table", choices=[*VARIANTS, "table10", "table11", "losses"])
     parser.add_argument("--dataset", default="emoji", choices=list(rectify.RECIPES))
     parser.add_argument("--recipe", default="", choices=["2024"], help="as rectify.py's")
     parser.add_argument("--seeds", type=int, nargs="+", help="default 0 1 2; of `published` 0")
