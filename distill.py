@@ -12,7 +12,7 @@ features, on unlabelled images, and then needs no CLIP at all (Tables 11 and 12)
 The first gives 76.8 ± 0.8 mIoU on Emoji VOC, over seeds 0, 1, 2; its teacher has 72.0 ± 0.3.
 
 Read it from top to bottom: 1 recipes and configuration, 2 the teacher, 3 the student, 4 the losses,
-5 training. Below the ruler: 6 what a step sees, 7 evaluation, 8 main.
+5 training. Below the ruler: 6 files and checkpoints, 7 evaluation, 8 main.
 The letters are rectify.py's, and u is the student's feature, B×D×s×s on a grid of 8 px; S is the
 side of a crop, s = ⌈S/8⌉.
 """
@@ -542,8 +542,7 @@ def finish_epoch(student, optimizer, fixed, total, weights, speed, log, bar, out
 
 @torch.no_grad()
 def predict_student(student, images, cfg, classes, threshold=0.0):
-    """Masks B×H×W uint8 of uint8 images B×3×H×W: classes, and the background as `classes`, where
-    the best query is a background word or less probable than the threshold.
+    """Masks B×H×W uint8 of uint8 images B×3×H×W, as `decide` makes them.
 
     With cfg.tta the mean of the logits over flips and three scales.
     """
