@@ -12,7 +12,7 @@ features, on unlabelled images, and then needs no CLIP at all (Tables 11 and 12)
 The first gives 76.8 ± 0.8 mIoU on Emoji VOC, over seeds 0, 1, 2; its teacher has 72.0 ± 0.3.
 
 Read it from top to bottom: 1 recipes and configuration, 2 the teacher, 3 the student, 4 the losses,
-5 training. Below the ruler: 6 what a step sees, 7 evaluation, 8 main.
+5 training. Below the ruler: 6 files and checkpoints, 7 evaluation, 8 main.
 The letters are rectify.py's, and u is the student's feature, B×D×s×s on a grid of 8 px; S is the
 side of a crop, s = ⌈S/8⌉.
 """
@@ -233,8 +233,7 @@ def classify(u, T, R, scale):
 
 
 class DeepLabV2(nn.Module):
-    """DeepLabV2 (Chen 2018) into CLIP's text space: a dilated backbone, and ASPP, a sum of dilated
-    convs.
+    """DeepLabV2 (Chen 2018) into CLIP's text space: a dilated backbone, and ASPP, a sum of convs.
 
     forward(x): B×3×H×W, normalized by `prepare`, to (logits B×C×⌈H/8⌉×⌈W/8⌉, u B×D×⌈H/8⌉×⌈W/8⌉). T,
     R and the scale are buffers: frozen, and saved with the weights. Authors' branches end in
@@ -290,8 +289,7 @@ def feature_guided(u, f, label):
 
 
 def text_guided(u, T, label, scale):
-    """CE(scale · z_c·Tᵀ, c) with z_c the mean of norm(u) over the pixels that the pseudo-label
-    calls c.
+    """CE(scale · z_c·Tᵀ, c), z_c the mean of norm(u) over the pixels with pseudo-label c.
 
     Averaged over an image's classes, then over the batch. u: B×D×s×s; T: C×D; label: B×s×s; scale:
     CLIP's exp(logit_scale) (authors' code: its logarithm).
@@ -309,8 +307,7 @@ def on_grid(label, size):
 
 
 def losses(logits, u, label, f, T, scale):
-    """The losses of a step, {"mask", "text", "feature"}; the last only where the teacher has
-    features.
+    """The losses of a step, {"mask", "text", and where the teacher has features "feature"}.
 
     logits: B×C×s×s and u: B×D×s×s of the student. label: B×S×S and f: B×D×s×s (or None) of
     `training_batch`. T: C×D.
@@ -323,8 +320,7 @@ def losses(logits, u, label, f, T, scale):
 # ======================================================================================= 5 training
 
 def random_window(size, cfg):
-    """θ: 2×3, the random window that a crop of S px shows of an image of (height, width) px; half
-    mirrored.
+    """θ: 2×3, the random window of an image of (height, width) px in a crop; half mirrored.
 
     In affine_grid's units: [-1, 1] is the image. The image is first scaled by U(jitter) and the
     ratio of its sides changed by a factor in [1/stretch, stretch]; a crop larger than it holds all
@@ -339,9 +335,7 @@ def random_window(size, cfg):
 
 
 def grid_of(theta, side):
-    """Where windows θ B×2×3 look: B×side×side×2. On a GPU in doubles, since TF32 would round the
-    product.
-    """
+    """Where windows θ: B×2×3 look, B×side×side×2. On a GPU in doubles: TF32 would round."""
     theta = theta.double() if theta.is_cuda else theta
     return F.affine_grid(theta, (len(theta), 1, side, side), align_corners=False).float()
 
@@ -394,8 +388,7 @@ def training_batch(teacher, batch, cfg, device):
 def step(model, optimizer, x, label, f, weights, share=1.0):
     """A step on a `training_batch`. Returns its losses by name.
 
-    model: the DeepLabV2, or DDP's wrapper of it; share: what part of the batch is here, times
-    WORLD.
+    model: the DeepLabV2, or DDP's wrapper of it; share: this rank's part of the batch, times WORLD.
     """
     student, x = getattr(model, "module", model), prepare(x)
     logits, u = model(x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x)
@@ -417,8 +410,7 @@ def make_optimizer(student, cfg):
 
 
 def train(student, teacher, samples, cfg, fixed, out, state=None):
-    """Learn the student from the teacher alone. Writes a line per epoch to out/log.jsonl, and a
-    checkpoint.
+    """Learn the student from the teacher alone; each epoch is logged, and saved for --resume.
 
     teacher: a Teacher, or None where the masks lie in the folder cfg.teacher. Of several processes
     each takes its part of every batch. fixed: what every checkpoint of this student holds. state:
@@ -468,8 +460,7 @@ def train(student, teacher, samples, cfg, fixed, out, state=None):
 # ========================================================================== 6 files and checkpoints
 
 def read_example(sample, i, cfg, classes):
-    """What a step needs of a training image: (i, image 3×H×W uint8, mask H×W or None, truth H×W or
-    None).
+    """For a step: (i, image 3×H×W uint8, mask H×W or None, truth H×W or None).
 
     The mask is another method's, from the folder cfg.teacher; the truth is read for
     --ignore-gt-background alone. Both have the file's size, while the image has the recipe's.
@@ -484,11 +475,7 @@ def read_example(sample, i, cfg, classes):
 
 
 def check_masks(folder, samples, classes):
-    """Look at every mask of a folder before training: there, one image's own, readable, its values
-    right.
-
-    Raises UserError for the first that is not as it must be.
-    """
+    """Look at every mask of a folder before training. Raises UserError for the first bad one."""
     missing = [s.name for s in samples if not (folder / f"{s.name}.png").is_file()]
     if missing:
         raise UserError(f"{folder}: {len(missing)} of {len(samples)} training images have no mask; "
@@ -555,8 +542,7 @@ def finish_epoch(student, optimizer, fixed, total, weights, speed, log, bar, out
 
 @torch.no_grad()
 def predict_student(student, images, cfg, classes, threshold=0.0):
-    """Masks B×H×W uint8 of uint8 images B×3×H×W: classes, and the background as `classes`, where
-    the best query is a background word or less probable than the threshold.
+    """Masks B×H×W uint8 of uint8 images B×3×H×W, as `decide` makes them.
 
     With cfg.tta the mean of the logits over flips and three scales.
     """
@@ -603,9 +589,7 @@ def measure(student, segmenter, cfg, val, out):
 # =========================================================================================== 8 main
 
 def find_checkpoint(typed):
-    """The rectify.pt to go on with: --out's, --dataset's, or the newest. Raises UserError without
-    one.
-    """
+    """The rectify.pt to go on with: --out's, --dataset's, or the newest. Raises UserError."""
     if "eval" in typed:                          # MaskCLIP+ and others lie in a folder of their own
         home = Path(typed["eval"]).parent
         return (home if (home / "rectify.pt").is_file() else home.parent) / "rectify.pt"
@@ -653,10 +637,7 @@ def place_of(cfg, segmenter):
 
 
 def open_student(segmenter, typed):
-    """(Config, folder of the student, checkpoint or None): to measure, to go on with, or to begin.
-
-    Raises UserError.
-    """
+    """(Config, folder, checkpoint or None) of the student to measure, resume or begin."""
     cfg = configure(segmenter.cfg, **typed)
     kept = [place_of(cfg, segmenter) / name for name in ("distill.partial.pt", "student.pt")]
     kept = [path for path in kept if path.is_file()] if cfg.resume else []

@@ -17,7 +17,7 @@ The first two give, in mIoU over seeds 0, 1, 2: MaskCLIP 53.6, ReCLIP 60.1 ± 0.
 
 Read it from top to bottom: 1 recipes and configuration, 2 CLIP, 3 the method, 4 training,
 5 prediction. Below the ruler stands what serves the method: 6 metric, 7 datasets, 8 figures,
-9 loading CLIP, 10 checkpoints, 11 processes and memory, 12 command line and main.
+9 loading CLIP, 10 files and checkpoints, 11 processes, memory, 12 command line and main.
 
 The letters are the paper's: f dense feature, T text feature, V learnable prompt, R Reference
 feature, PE positional embedding, P space-preference bias, B bias logit map, M mask, y image-level
@@ -67,19 +67,6 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-# Rank, world size and local rank from torchrun; 0, 1, 0 without it.
-RANK, WORLD, LOCAL = (int(number) if (number := os.environ.get(name, "")).isdecimal() else 0
-                      for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-RANK, WORLD, LOCAL = (RANK, WORLD, LOCAL) if WORLD > 1 else (0, 1, 0)
-if RANK > 0:                                                        # elsewhere TQDM_DISABLE decides
-    tqdm = functools.partial(tqdm, disable=True)
-
-
-class UserError(Exception):
-    """Something that the person at the keyboard can mend: shown as one line, exit code 2."""
-
-
 # ====================================================================== 1 recipes and configuration
 
 # One row per dataset: Table 12 and the authors' released configurations for the real ones, what
@@ -124,11 +111,7 @@ ATTENTION = ["maskclip", "sclip", "clearclip", "naclip"]
 
 
 def option(help, choices=None, default=MISSING, free=False):
-    """A field of Config: its sentence in --help, its choices, its default (else the recipe gives
-    it).
-
-    free: may differ between a checkpoint and a later use of it.
-    """
+    """A field of Config; the recipe gives what has no default. free: a checkpoint's may change."""
     return field(default=default, metadata={"help": help, "choices": choices, "free": free})
 
 
@@ -140,8 +123,7 @@ class Config:
     root: str = option("folder that holds the datasets", default="data", free=True)
     data: str = option("a folder of your own: VOC's layout, or just images", None, "", free=True)
     names: str = option("class names: a file, one a line, or words and commas", None, "", free=True)
-    background: str = option("words for none of the classes, 'sky, wall'; or field, first", None,
-                             "", free=True)
+    background: str = option("words of no class, 'sky, wall'; or field, first", None, "", free=True)
     label_base: int = option("value of the first class in label PNGs", [0, 1], 1, free=True)
     out: str = option("folder of the run (default runs/<dataset>)", free=True)
     method: str = option("bias model; maskclip: none", ["maskclip", "reclip", "reclip++"])
@@ -161,8 +143,7 @@ class Config:
     prompt: str = option("one for all classes, or one each", ["shared", "per-class"])
     space: str = option("the space-preference bias P", ["on", "off"], "on")
     pool: str = option("mean of masked features over grid or mask", ["grid", "mask"])
-    start: str = option("V, P at first: ours random, 0; authors word 0, random",
-                        ["ours", "authors"])
+    start: str = option("V, P at first: random, 0; authors word 0, random", ["ours", "authors"])
     alpha: float = option("scale of the logits before Gumbel-Softmax")
     sharpness: float = option("scale of the logits before probabilities are compared", free=True)
     denoise: float = option("drop classes nowhere more probable; 1: for VOC alone", free=True)
@@ -292,16 +273,12 @@ def encode_image(clip, x, attention):
 def templates():
     """The 85 sentences that T is averaged over: OpenAI's 80 for ImageNet and five of a scene."""
     from open_clip import OPENAI_IMAGENET_TEMPLATES
-    scene = ["there is a {} in the scene.", "there is the {} in the scene.",
-             "this is a {} in the scene.", "this is the {} in the scene.",
-             "this is one {} in the scene."]
-    return [*OPENAI_IMAGENET_TEMPLATES, *(sentence.format for sentence in scene)]
+    scene = ["there is a", "there is the", "this is a", "this is the", "this is one"]
+    return [*OPENAI_IMAGENET_TEMPLATES, *(f"{start} {{}} in the scene.".format for start in scene)]
 
 
 def text_features(clip, tokenizer, names):
-    """T: C×D, unit rows. Each name in 85 sentences, encoded, averaged, normalized; of a name with
-    synonyms ("person, woman, man") the normalized mean of theirs.
-    """
+    """T: C×D, unit rows: the mean over 85 sentences, then over synonyms ("person, woman, man")."""
     from open_clip import build_zero_shot_classifier
     words, device = [name.split(", ") for name in names], clip.logit_scale.device
     T = build_zero_shot_classifier(clip, tokenizer, sum(words, []), templates(), device=device).T
@@ -567,21 +544,10 @@ def make_optimizer(segmenter):
     if cfg.finetune:
         encoder = segmenter.clip.visual.requires_grad_()
         groups.append({"params": list(encoder.parameters()), "lr": cfg.lr_encoder})
-    if cfg.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=cfg.weight_decay)
-    else:
-        optimizer = torch.optim.Adam(groups, weight_decay=cfg.weight_decay)
+    sgd = functools.partial(torch.optim.SGD, momentum=0.9)
+    kind = sgd if cfg.optimizer == "sgd" else torch.optim.Adam
+    optimizer = kind(groups, weight_decay=cfg.weight_decay)
     return optimizer, torch.optim.lr_scheduler.PolynomialLR(optimizer, cfg.epochs, power=0.9)
-
-
-def agreement(masks):
-    """How often two images have the same class at the same patch; at 1 masks ignore the images.
-
-    masks: C×h×w, the masks M of all images, summed. Returns a number from 1/C to 1.
-    """
-    count = masks.sum(0)                                                    # h w
-    same = (masks / count.clamp(min=1)).square().sum(0)                     # h w
-    return ((same * count).sum() / count.sum()).item()
 
 
 def train(segmenter, data, N, out, state=None):
@@ -642,9 +608,8 @@ def decide(logits, patch, resized, original, classes, sharpness=1.0, threshold=0
     """The mask B×H×W uint8 of grid logits B×Q×h×w: the best query of every pixel.
 
     It is `classes`, the background, where the best is a background word (from `classes` on) or its
-    probability softmax(sharpness · logits) is below the threshold.
-    Memory is bounded: a few queries at a time, and LARGEST_MASK pixels at most; a larger mask is
-    enlarged by nearest neighbour.
+    probability softmax(sharpness · logits) is below the threshold. Memory is bounded: a few queries
+    at a time, LARGEST_MASK pixels at most; a larger mask is enlarged by nearest neighbour.
     """
     shrink = min(1, (LARGEST_MASK / math.prod(original)) ** 0.5)
     size = [max(1, round(shrink * n)) for n in original]
@@ -709,9 +674,7 @@ def iou(matrix):
 
 
 class Found(NamedTuple):
-    """An object: what an image holds of a class (VOC's layout tells classes, not instances). For
-    Fig. 1(a) and 5.
-    """
+    """An object of Fig. 1(a) and 5: an image's pixels of a class (VOC tells no instances)."""
     distance: float                                    # of its centroid from the image's centre, px
     iou: float                                                              # percent
     label: int                                                              # its class
@@ -778,9 +741,7 @@ def classes_present(samples, C, base=1):
 
 
 def print_table(results, names):
-    """IoU of every class and the mean, a column a method; of several, with the gain of the last
-    over the first.
-    """
+    """IoU of every class and the mean, a column a method, and the last gain over the first."""
     several, wide = len(results) > 1, max(len(n) for n in [*names, "mIoU"])
     rows = {name: [r["IoU"][name] for r in results.values()] for name in names}
     rows["mIoU"] = [r["mIoU"] for r in results.values()]
@@ -835,6 +796,7 @@ ADE_NAMES = [
     "blanket", "sculpture", "hood", "sconce", "vase", "traffic light", "tray", "ashcan", "fan",
     "pier", "crt screen", "plate", "monitor", "bulletin board", "shower", "radiator", "glass",
     "clock", "flag"]
+HERE = Path(__file__).resolve().parent
 OXFORD = "http://host.robots.ox.ac.uk/pascal/VOC"
 # dataset: (its files and their md5, the archive first; the folder in it that holds the images;
 # class names)
@@ -865,20 +827,16 @@ LARGEST_BATCH = 2 ** 22                # pixels evaluated at once: 1.7 GB of log
 
 @dataclass
 class Sample:
-    """An image: its name (path in the list or folder, no suffix), its file, and its label's (None
-    without one).
-    """
+    """An image: its name (path in the list or folder, no suffix), its file, its label's or None."""
     name: str
     image: Path
     label: Path | None
 
 
 def download(url, md5, path):
-    """Fetch a file to `path`, where it appears once its md5 is right; `path`.part is what a cut
-    connection left.
+    """Fetch a file to `path`, unless it is there; `path`.part is what a cut connection left.
 
-    A right file at `path` is taken as it is. Raises UserError with address, md5 and path for
-    fetching by hand.
+    Raises UserError with address, md5 and path for fetching by hand.
     """
     part = path.with_name(path.name + ".part")
     have = part.stat().st_size if part.is_file() else 0
@@ -916,8 +874,7 @@ def download(url, md5, path):
 
 
 def unpack(archive, md5, target):
-    """Check an archive (tar or zip) against its md5 and unpack it to `target`, which appears only
-    when it is whole.
+    """Check a tar or zip against its md5 and unpack it to `target`, which appears whole.
 
     Raises UserError, also for a tar's member that would leave the folder; a zip's is not unpacked.
     """
@@ -998,9 +955,7 @@ def convert_context(folder, annotations):
 
 
 def dataset_folder(cfg):
-    """The folder with a dataset's images; downloads, unpacks and converts what is not there yet.
-    Raises UserError.
-    """
+    """The folder with a dataset's images; gets what is not there yet. Raises UserError."""
     if cfg.data:
         if not Path(cfg.data).is_dir():
             raise UserError(f"{cfg.data}: no such folder; --data wants a folder of images")
@@ -1169,9 +1124,7 @@ def listed_name(line, images):
 
 
 def splits(folder):
-    """(training samples, labelled validation samples). Raises UserError, also where processes
-    outnumber images.
-    """
+    """(training samples, labelled validation samples). Raises UserError."""
     train = list_samples(folder, "train")
     val = [sample for sample in list_samples(folder, "val") if sample.label]
     if len(train) < WORLD:
@@ -1181,9 +1134,7 @@ def splits(folder):
 
 @contextlib.contextmanager
 def opened(path, what):
-    """A PIL image of a file. Raises UserError for what is no image, or has more than 179
-    megapixels: Pillow's limit, beyond which a small file may fill the memory.
-    """
+    """A PIL image of a file. Raises UserError, also beyond Pillow's limit of 179 megapixels."""
     try:
         if not Path(path).is_file():                                    # a pipe would be waited for
             raise UserError(f"{path}: no such file")
@@ -1224,9 +1175,7 @@ def check_labels(samples, names, cfg):
 
 
 def load_image(path):
-    """Any image as 3×H×W uint8 RGB: EXIF rotation applied, 16 bits cut to 8, transparency laid on
-    white. Raises UserError.
-    """
+    """Any image as 3×H×W uint8 RGB: EXIF applied, 16 bits cut to 8, transparency laid on white."""
     with opened(path, "image") as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):                    # 16-bit greys, which convert("RGB") clips
@@ -1262,10 +1211,9 @@ def load_label(path, size, classes, base=1, background=VOID):
 
 
 def read_ahead(read, samples, ahead=32):
-    """Yield read(sample) of each, in order, while threads read the next ones: decoding leaves
-    Python's lock alone.
+    """Yield read(sample) of each, in order, while threads read the next ones, `ahead` at most.
 
-    No more than `ahead` wait in memory (from Python 3.14 on, Executor.map can promise that itself).
+    From Python 3.14 on, Executor.map can bound that itself.
     """
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         waiting = collections.deque()
@@ -1278,9 +1226,7 @@ def read_ahead(read, samples, ahead=32):
 
 
 def resize_to_fit(image, size, mode=v2.InterpolationMode.BILINEAR, factor=1.0):
-    """Resize ..×3×H×W to the largest that `size` = (long, short side in px), times `factor`,
-    holds.
-    """
+    """Resize ..×3×H×W to the largest that factor · `size`, (long, short side in px), holds."""
     height, width = image.shape[-2:]
     scale = factor * min(size[0] / max(height, width), size[1] / min(height, width))
     new = [max(1, round(n * scale)) for n in (height, width)]
@@ -1288,9 +1234,7 @@ def resize_to_fit(image, size, mode=v2.InterpolationMode.BILINEAR, factor=1.0):
 
 
 def limit(image):
-    """An image 3×H×W, made smaller where it is longer than LONGEST: dozens of them wait in
-    memory.
-    """
+    """An image 3×H×W, smaller where it is longer than LONGEST: dozens of them wait in memory."""
     return resize_to_fit(image, (LONGEST, LONGEST)) if max(image.shape) > LONGEST else image
 
 
@@ -1350,9 +1294,7 @@ def one_thread():
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):
-    """torchvision's, but channels change places without an index from the host, for which a GPU
-    would wait.
-    """
+    """torchvision's, but channels change places without an index that a GPU would wait for."""
 
     def transform(self, image, params):
         image = super().transform(image, params | {"channel_permutation": None})
@@ -1370,9 +1312,7 @@ LINES = [dict(color="0.5", marker="o", linestyle="--"), dict(color="#c83c28", ma
 
 @functools.cache
 def palette():
-    """VOC's colours: 256 RGB triples in one list, made by spreading the bits of the index over the
-    channels.
-    """
+    """VOC's colours, 256 RGB triples in one list: the index's bits, spread over the channels."""
     return [sum(((i >> (3 * j + channel)) & 1) << (7 - j) for j in range(8))
             for i in range(256) for channel in range(3)]
 
@@ -1432,8 +1372,7 @@ def draw_rows(rows, names, classes, boxes=None, titles=None, side=1.5):
 
 
 def draw_gallery(predict, samples, names, classes=None, base=1):
-    """Rows image, ground truth, one row a method of `predict`; a column per sample. For Fig. 4 and
-    5.
+    """Fig. 4 and 5: rows image, ground truth, one a method of `predict`; a column per sample.
 
     Where ground truth says background or void nothing is scored, and predictions are shown pale.
     classes: of each sample the class around whose pixels a box is drawn.
@@ -1463,9 +1402,7 @@ def figure4(predict, samples, names, base=1):
 
 
 def figure5(predict, found, names, base=1):
-    """Fig. 5: the eight objects farthest from the centre of their images, in a box, each in another
-    image.
-    """
+    """Fig. 5: eight objects, the farthest from their images' centres, each in another image."""
     farthest = {}
     for thing in sorted(found, key=lambda thing: -thing.distance):
         farthest.setdefault(thing.sample.image, thing)
@@ -1507,11 +1444,10 @@ def save_figure(figure, path):
         figure.savefig(temporary, format="png", dpi=120)
 
 
-# =================================================================== 9 CLIP's files and checkpoints
+# ================================================================= 9 loading CLIP, packing prompts
 
 def load_clip(cfg, device):
-    """open_clip's model, frozen and in eval mode, with buffers `mean` and `std` (3×1×1), and its
-    tokenizer.
+    """(open_clip's model, frozen, with buffers `mean` and `std` (3×1×1); its tokenizer).
 
     Raises UserError where it cannot be had, and before anything is fetched where its towers are not
     CLIP's own.
@@ -1555,9 +1491,7 @@ def load_clip(cfg, device):
 
 
 def check_towers(config):
-    """Raise ValueError where open_clip's configuration of a CLIP has towers that section 2 does not
-    compute.
-    """
+    """Raise ValueError where a CLIP's configuration has towers that section 2 does not compute."""
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
     vit = isinstance(vision.get("layers", 12), int) and not any(vision.get(key) for key in (
         "timm_model_name", "attentional_pool", "qk_norm", "scaled_cosine_attn", "scale_heads",
@@ -1573,8 +1507,7 @@ def check_towers(config):
 
 
 def name_tokens(clip, tokenizer, names):
-    """The bare names as tokens, C×n int, n the longest name and EOT, padded with 0; and the
-    prompt's longest length L.
+    """(the names' tokens and EOT, C×n int, padded with 0; the prompt's longest length L).
 
     Raises UserError for a name that leaves no room for a prompt.
     """
@@ -1596,8 +1529,7 @@ def name_tokens(clip, tokenizer, names):
 
 
 def pack_prompts(text, V, tokens):
-    """The input of `reference_features`: embeddings (prompts×S×d), their places (S), the attention
-    mask (S×S).
+    """For `reference_features`: embeddings prompts×S×d, their places S, the attention mask S×S.
 
     A token sees only what stands before it, so a shared [SOS][v1..vL] is the same for every name:
     all names stand behind it in one sequence, and the mask hides them from each other. Cost:
@@ -1619,13 +1551,11 @@ def pack_prompts(text, V, tokens):
     return x, place, torch.zeros(sees.shape, device=device).masked_fill(~sees, -torch.inf)
 
 
-# ================================================================== 10 files, locks and checkpoints
+# ========================================================================= 10 files and checkpoints
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A temporary path that becomes `path` when the block ends: the file is there whole or not at
-    all. Raises UserError where it cannot be written.
-    """
+    """A temporary path that becomes `path` when the block ends, whole or not. Raises UserError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
@@ -1657,9 +1587,7 @@ def locked(path, wait):
 
 @contextlib.contextmanager
 def output_folder(out):
-    """Make the folder of a run and keep other runs out of it. Raises UserError, also where it
-    cannot be written to.
-    """
+    """Make the folder of a run and keep other runs out of it. Raises UserError."""
     with contextlib.ExitStack() as stack:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -1733,11 +1661,7 @@ def restore(segmenter, state):
 
 
 def load_checkpoint(path, part="rectifier"):
-    """A checkpoint of ours with the weights of this part: tensors and plain values, nothing that
-    could run.
-
-    Raises UserError.
-    """
+    """A checkpoint of ours with this part: tensors and plain values alone. Raises UserError."""
     maker = {"rectifier": "rectify.py", "student": "distill.py"}[part]
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; make it with `python {maker}`")
@@ -1777,10 +1701,18 @@ def resume(segmenter, optimizer, schedule, state):
     return state["log"]
 
 
-def finish_epoch(segmenter, optimizer, schedule, losses, masks, log, bar, out):
-    """Log an epoch, warn of a collapse, stop where the loss is not finite, and save what --resume
-    needs.
+def agreement(masks):
+    """How often two images have the same class at the same patch; at 1 masks ignore the images.
+
+    masks: C×h×w, the masks M of all images, summed. Returns a number from 1/C to 1.
     """
+    count = masks.sum(0)                                                    # h w
+    same = (masks / count.clamp(min=1)).square().sum(0)                     # h w
+    return ((same * count).sum() / count.sum()).item()
+
+
+def finish_epoch(segmenter, optimizer, schedule, losses, masks, log, bar, out):
+    """Log an epoch, warn of a collapse, stop at a loss not finite, save what --resume needs."""
     if WORLD > 1:
         for total in (losses, masks):
             distributed.all_reduce(total)
@@ -1803,9 +1735,7 @@ def finish_epoch(segmenter, optimizer, schedule, losses, masks, log, bar, out):
 
 
 def load_segmenter(path, **typed):
-    """The Segmenter of a checkpoint, in eval mode. typed: free fields of its configuration to
-    change (device, out, ..).
-    """
+    """The Segmenter of a checkpoint, in eval mode. typed: free fields of its Config to change."""
     state = load_checkpoint(path)
     try:
         cfg = configure(state["config"], **typed)
@@ -1817,12 +1747,18 @@ def load_segmenter(path, **typed):
     return segmenter
 
 
-# =============================================================== 10 processes, precision and memory
+# ============================================================================ 11 processes, memory
+
+# Rank, world size and local rank from torchrun; 0, 1, 0 without it.
+RANK, WORLD, LOCAL = (int(number) if (number := os.environ.get(name, "")).isdecimal() else 0
+                      for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+RANK, WORLD, LOCAL = (RANK, WORLD, LOCAL) if WORLD > 1 else (0, 1, 0)
+if RANK > 0:                                                        # elsewhere TQDM_DISABLE decides
+    tqdm = functools.partial(tqdm, disable=True)
+
 
 def pick_device(cfg):
-    """The torch device that --device means, under torchrun this process's own. Raises UserError
-    without it.
-    """
+    """The torch device that --device means, under torchrun this process's. Raises UserError."""
     gpus = torch.cuda.device_count()
     if cfg.device == "cpu" or cfg.device == "auto" and not gpus:
         return torch.device("cpu")
@@ -1856,9 +1792,7 @@ def uses_bf16(device, precision="auto"):
 
 @contextlib.contextmanager
 def rank_zero_first():
-    """Rank 0 runs the block first, and may download and convert; the others wait, and then find it
-    done.
-    """
+    """Rank 0 runs the block first, and may download; the others wait, and then find it done."""
     if RANK > 0:
         distributed.barrier()
     try:
@@ -1869,9 +1803,7 @@ def rank_zero_first():
 
 
 def wrap_ddp(module, **options):
-    """The module as training calls it: with the mean of all processes' gradients (DDP) where there
-    are several.
-    """
+    """The module, in DDP where there are several processes: the mean of all their gradients."""
     if WORLD == 1:
         return module
     gpu = next(module.parameters()).get_device()                            # -1 on the CPU
@@ -1937,7 +1869,11 @@ def ram():
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-# ========================================================================= 11 command line and main
+# ========================================================================= 12 command line and main
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend: shown as one line, exit code 2."""
+
 
 def flag(name):
     """The command line's spelling of a field of Config."""
@@ -2000,8 +1936,7 @@ def check_trained(config, trained, typed):
 
 
 def command_line(config, doc, recipes, argv=None):
-    """What was typed, {field: value}, on a command line made of a dataclass of `option`s: --field
-    VALUE, or a bare flag.
+    """What was typed, {field: value}: a command line made of a dataclass of `option`s.
 
     recipes: {dataset: row}, for the defaults that --help shows.
     """
@@ -2043,10 +1978,7 @@ def versions():
 
 
 def open_run(typed):
-    """(Config, checkpoint or None): of the run to evaluate, to go on with, or to begin.
-
-    Raises UserError.
-    """
+    """(Config, checkpoint or None) of the run to evaluate, resume or begin. Raises UserError."""
     if "eval" in typed:
         state = load_checkpoint(typed["eval"])
         return configure(state["config"], **{"out": str(Path(typed["eval"]).parent)} | typed), state
@@ -2064,9 +1996,7 @@ def open_run(typed):
 
 
 def learn(segmenter, samples, state):
-    """Train, or go on with the partial checkpoint `state`; rank 0 writes rectify.pt. Returns the
-    seconds of the two stages.
-    """
+    """Train, or go on with `state`; rank 0 writes rectify.pt. Returns {stage: seconds}."""
     started, out = time.time(), Path(segmenter.cfg.out)
     segmenter.images = list_digest(samples)
     data = training_data(segmenter, samples)
@@ -2081,9 +2011,7 @@ def learn(segmenter, samples, state):
 
 
 def remove_stale(out, weights):
-    """Remove what was made from other weights than these in a run's folder: a student and its
-    files would be taken for this run's.
-    """
+    """Remove what other weights made in a run's folder: it would be taken for this run's."""
     with contextlib.suppress(UserError):                # one that cannot be read is not of this run
         if load_checkpoint(out / "student.pt", "student")["taught_by"] == weights:
             return
