@@ -55,13 +55,13 @@ class Training:
 
 
 # The papers' batches of 1,024 to 16,384 captions for up to 120,000 steps are not to be had from
-# some thousand images. TCL's and GroupViT's weight decay is theirs, CLIPpy has TCL's; batch and
+# some thousand images. TCL's weight decay is its own, CLIPpy has it too; batch and
 # epochs are what a few minutes on two cores allow on Emoji VOC. CLIPpy's rate is rectify.py's
 # lr_encoder; the other two have AdamW's usual 1e-3, and nothing here was tuned.
 TRAINING = {
     "clippy": Training(epochs=8, batch=64, lr=1e-4, weight_decay=0.2),
     "tcl": Training(epochs=4, batch=32, lr=1e-3, weight_decay=0.2),         # theirs: 1024, 4e-5
-    "groupvit": Training(epochs=12, batch=64, lr=1e-3, weight_decay=0.05)}  # theirs: 4096, 1.6e-3
+    "groupvit": Training(epochs=12, batch=64, lr=1e-3, weight_decay=0.05)}
 
 
 # ========================================================================= 2 sentences and training
@@ -115,8 +115,9 @@ def batches(segmenter, samples, how):
         images = rectify.read_ahead(
             lambda i: rectify.limit(rectify.load_image(samples[i].image)), order.tolist())
         for i in order.split(how.batch):
-            crops, extents = zip(*(rectify.augment(image, view)
-                                   for image in itertools.islice(images, len(i))))
+            with rectify.one_thread():
+                crops, extents = zip(*(rectify.augment(image, view)
+                                       for image in itertools.islice(images, len(i))))
             height, width = torch.tensor(extents).T[..., None]              # B 1, B 1
             valid = (first < height)[:, :, None] & (first < width)[:, None]
             used, own = who[i].unique(return_inverse=True)                  # U, B
