@@ -309,7 +309,9 @@ def test_kill_and_resume(taught, tmp_path):
     whole, killed = beginner(taught, tmp_path / "whole"), beginner(taught, tmp_path / "killed")
     args = lambda out: ["--out", str(out), "--epochs", "12", "--seed", "1"]
     distill.main(args(whole))
-    process = subprocess.Popen([sys.executable, distill.__file__, *args(killed)],
+    fp32 = ("import distill, rectify, sys; rectify.uses_bf16 = lambda *_: False; "
+            "distill.main(sys.argv[1:])")
+    process = subprocess.Popen([sys.executable, "-c", fp32, *args(killed)], cwd=rectify.HERE,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (killed / "distill.partial.pt").exists() and process.poll() is None:
         time.sleep(0.05)

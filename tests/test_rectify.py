@@ -674,7 +674,8 @@ def test_kill_and_resume(mini, tmp_path):
     interrupted.
     """
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    args = lambda out: [str(a) for a in own(mini, out, "--epochs", 30, "--views", 2)]
+    args = lambda out: [str(a) for a in own(mini, out, "--epochs", 30, "--views", 2,
+                                            "--precision", "fp32")]
     silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = subprocess.Popen([sys.executable, rectify.__file__, *args(killed)], **silent)
     while not (killed / "rectify.partial.pt").exists() and process.poll() is None:
