@@ -341,7 +341,7 @@ def test_a_full_disk_leaves_the_earlier_files(exported, tmp_path, monkeypatch, c
 
     shutil.copy(exported / "student.pt", tmp_path)
     (tmp_path / "student.onnx").write_text("earlier")
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(export.Path, "write_bytes", full)
     with pytest.raises(SystemExit) as stop:
         export.main(["--out", str(tmp_path)])
     assert stop.value.code == 2 and "No space left on device" in capsys.readouterr().err.splitlines()[-1]
