@@ -133,9 +133,7 @@ def configure(teacher, trained=None, /, **typed):
              f"--teacher {cfg.teacher}: would be taken for MaskCLIP+; rename that folder"),
             (cfg.epochs < 1 or cfg.batch < WORLD,
              f"--epochs starts at 1, and --batch at {WORLD}, an image for each process"),
-            (not 0 < cfg.lr < 1e6 or not 0 < cfg.width < 1e6,
-             "--lr and --width must be positive, and below a million"),
-            (not 0 <= cfg.seed < 2 ** 32, f"--seed {cfg.seed}: from 0 to 2^32 - 1"),
+            (max(cfg.lr, cfg.width) >= 1e6, "--lr and --width must be below a million"),
             (min(*weights, cfg.feature_weight) < 0 or max(weights) == 0,
              "the losses' weights: none below 0, one above (masks have no feature-guided loss)")]:
         if bad:
@@ -167,8 +165,7 @@ class Teacher:
         return denoise(segmenter.rectified(f, self.R), SHARPNESS, self.cfg.denoise), f
 
     def cache_targets(self, samples):
-        """Keep (logits C×h×w, f D×h×w) in half precision of every whole image: mean of it and its
-        mirror.
+        """Keep (logits C×h×w, f D×h×w), half, of every image: the mean of it and its mirror image.
 
         Ours, for better pseudo-labels: the image has the size of rectify.py's recipe, the logits
         are smoothed over 3×3 patches, and a class that the hypothesis does not name loses `penalty`
@@ -276,8 +273,7 @@ def mask_guided(logits, label):
 
 
 def feature_guided(u, f, label):
-    """√D · mean |norm(u) − norm(f)| over D and the pixels that are not void. u, f: B×D×s×s; label:
-    B×s×s.
+    """√D · mean |norm(u) − norm(f)|, void left out. u, f: B×D×s×s; label: B×s×s.
 
     Paper: features of CLIP's own length, on the crop's pixels. Ours: unit length, which is all that
     the classifier sees, times √D, which makes an element about as large as CLIP's own; on the

@@ -16,8 +16,8 @@ The first two give, in mIoU over seeds 0, 1, 2: MaskCLIP 53.6, ReCLIP 60.1 ± 0.
 72.0 ± 0.3, each in about 80 s on 2 CPU cores (README tells which code and machine).
 
 Read it from top to bottom: 1 recipes and configuration, 2 CLIP, 3 the method, 4 training,
-5 prediction. Below the ruler stands what serves the method: 6 metric, 7 datasets, 8 figures,
-9 loading CLIP, 10 files and checkpoints, 11 processes, memory, 12 command line and main.
+5 prediction. Below the ruler stands what serves the method: 6 metric, 7 datasets, 8 images,
+9 figures, 10 loading CLIP, 11 files, 12 processes, 13 command line, 14 modes and main.
 
 The letters are the paper's: f dense feature, T text feature, V learnable prompt, R Reference
 feature, PE positional embedding, P space-preference bias, B bias logit map, M mask, y image-level
@@ -761,41 +761,37 @@ def print_table(results, names):
 VOC_BACKGROUND = (
     "sky, wall, tree, wood, grass, road, sea, river, mountain, sands, desk, bed, building, cloud, "
     "lamp, door, window, wardrobe, ceiling, shelf, curtain, stair, floor, hill, rail, fence")
-VOC_NAMES = [
-    "airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train",
-    "tv monitor"]
-CONTEXT_NAMES = [
-    "airplane", "bag", "bed", "bedclothes", "bench", "bicycle", "bird", "boat", "book", "bottle",
-    "building", "bus", "cabinet", "car", "cat", "ceiling", "chair", "cloth", "computer", "cow",
-    "cup", "curtain", "dog", "door", "fence", "floor", "flower", "food", "grass", "ground", "horse",
-    "keyboard", "light", "motorbike", "mountain", "mouse", "person", "plate", "platform",
-    "potted plant", "road", "rock", "sheep", "shelves", "sidewalk", "sign", "sky", "snow", "sofa",
-    "table", "track", "train", "tree", "truck", "tv monitor", "wall", "water", "window", "wood"]
+VOC_NAMES = (
+    "airplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog, horse, "
+    "motorbike, person, potted plant, sheep, sofa, train, tv monitor").split(", ")
+CONTEXT_NAMES = (
+    "airplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus, "
+    "cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, "
+    "floor, flower, food, grass, ground, horse, keyboard, light, motorbike, mountain, mouse, "
+    "person, plate, platform, potted plant, road, rock, sheep, shelves, sidewalk, sign, sky, "
+    "snow, sofa, table, track, train, tree, truck, tv monitor, wall, water, window, "
+    "wood").split(", ")
 # The category ids of these 59 among the 459 of trainval_merged.json, which are alphabetical too.
 CONTEXT_IDS = [
     2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113,
     115, 144, 158, 159, 162, 187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326,
     347, 349, 354, 355, 360, 366, 368, 397, 415, 416, 420, 424, 427, 440, 445, 454, 458]
-ADE_NAMES = [
-    "wall", "building", "sky", "floor", "tree", "ceiling", "road", "bed", "windowpane", "grass",
-    "cabinet", "sidewalk", "person", "earth", "door", "table", "mountain", "plant", "curtain",
-    "chair", "car", "water", "painting", "sofa", "shelf", "house", "sea", "mirror", "rug", "field",
-    "armchair", "seat", "fence", "desk", "rock", "wardrobe", "lamp", "bathtub", "railing",
-    "cushion", "base", "box", "column", "signboard", "chest of drawers", "counter", "sand", "sink",
-    "skyscraper", "fireplace", "refrigerator", "grandstand", "path", "stairs", "runway", "case",
-    "pool table", "pillow", "screen door", "stairway", "river", "bridge", "bookcase", "blind",
-    "coffee table", "toilet", "flower", "book", "hill", "bench", "countertop", "stove", "palm",
-    "kitchen island", "computer", "swivel chair", "boat", "bar", "arcade machine", "hovel", "bus",
-    "towel", "light", "truck", "tower", "chandelier", "awning", "streetlight", "booth",
-    "television receiver", "airplane", "dirt track", "apparel", "pole", "land", "bannister",
-    "escalator", "ottoman", "bottle", "buffet", "poster", "stage", "van", "ship", "fountain",
-    "conveyer belt", "canopy", "washer", "plaything", "swimming pool", "stool", "barrel", "basket",
-    "waterfall", "tent", "bag", "minibike", "cradle", "oven", "ball", "food", "step", "tank",
-    "trade name", "microwave", "pot", "animal", "bicycle", "lake", "dishwasher", "screen",
-    "blanket", "sculpture", "hood", "sconce", "vase", "traffic light", "tray", "ashcan", "fan",
-    "pier", "crt screen", "plate", "monitor", "bulletin board", "shower", "radiator", "glass",
-    "clock", "flag"]
+ADE_NAMES = (
+    "wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, "
+    "person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, "
+    "shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, "
+    "bathtub, railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, "
+    "sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, "
+    "pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, "
+    "toilet, flower, book, hill, bench, countertop, stove, palm, kitchen island, computer, "
+    "swivel chair, boat, bar, arcade machine, hovel, bus, towel, light, truck, tower, chandelier, "
+    "awning, streetlight, booth, television receiver, airplane, dirt track, apparel, pole, land, "
+    "bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain, "
+    "conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, "
+    "tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, "
+    "animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, "
+    "traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, "
+    "radiator, glass, clock, flag").split(", ")
 HERE = Path(__file__).resolve().parent
 OXFORD = "http://host.robots.ox.ac.uk/pascal/VOC"
 # dataset: (its files and their md5, the archive first; the folder in it that holds the images;
@@ -898,8 +894,7 @@ def unpack(archive, md5, target):
 
 
 def decode_rle(counts, size):
-    """A mask in COCO's run-length code: H×W bool. Runs of false and true take turns, down one
-    column after the other.
+    """H×W bool of COCO's run-length code: false and true in turns, down column after column.
 
     counts: the lengths of the runs, or COCO's string of them: 5 bits a character, the lowest first,
     in two's complement; from the fourth run on the difference from the run before the last. size:
@@ -995,9 +990,7 @@ def fetch_dataset(files, root, target, folder, context):
 
 
 def name_lines(cfg):
-    """The lines of --names (a file, or words with commas between), or the dataset's own names;
-    words within a line have ", " between them. Raises UserError.
-    """
+    """The lines of --names, a file or words, else the dataset's own names. Raises UserError."""
     if not cfg.names:
         return DATASETS[cfg.dataset][2]
     is_file = os.path.isfile(cfg.names)     # os.path: a long list of words is no path, and no error
@@ -1131,6 +1124,8 @@ def splits(folder):
         raise UserError(f"{folder}: {len(train)} images are too few for {WORLD} processes")
     return train, val
 
+
+# ============================================================================== 8 images and labels
 
 @contextlib.contextmanager
 def opened(path, what):
@@ -1302,7 +1297,7 @@ class PhotometricDistort(v2.RandomPhotometricDistort):
         return image if order is None else torch.stack([image[c] for c in order.tolist()])
 
 
-# ======================================================================================== 8 figures
+# ======================================================================================== 9 figures
 
 TITLES = {"maskclip": "MaskCLIP", "reclip": "ReCLIP", "reclip++": "ReCLIP++",
           "maskclip+": "MaskCLIP+", "student": "DeepLabV2"}
@@ -1444,7 +1439,7 @@ def save_figure(figure, path):
         figure.savefig(temporary, format="png", dpi=120)
 
 
-# ================================================================= 9 loading CLIP, packing prompts
+# ================================================================= 10 loading CLIP, packing prompts
 
 def load_clip(cfg, device):
     """(open_clip's model, frozen, with buffers `mean` and `std` (3×1×1); its tokenizer).
@@ -1551,7 +1546,7 @@ def pack_prompts(text, V, tokens):
     return x, place, torch.zeros(sees.shape, device=device).masked_fill(~sees, -torch.inf)
 
 
-# ========================================================================= 10 files and checkpoints
+# ========================================================================= 11 files and checkpoints
 
 @contextlib.contextmanager
 def whole_file(path):
@@ -1747,7 +1742,7 @@ def load_segmenter(path, **typed):
     return segmenter
 
 
-# ============================================================================ 11 processes, memory
+# ============================================================================= 12 processes, memory
 
 # Rank, world size and local rank from torchrun; 0, 1, 0 without it.
 RANK, WORLD, LOCAL = (int(number) if (number := os.environ.get(name, "")).isdecimal() else 0
@@ -1811,8 +1806,7 @@ def wrap_ddp(module, **options):
 
 
 def epoch_order(seed, epoch, N):
-    """The order of an epoch's N images, the same on every rank; what is drawn after it is each
-    rank's own.
+    """The order of an epoch's N images, the same on every rank; later draws are each rank's own.
 
     An epoch's randomness depends on the seed and the epoch alone, so that a resumed run repeats it.
     """
@@ -1839,11 +1833,9 @@ def rank_batches(order, batch, device):
 
 
 def allocate(shape, dtype, device, out):
-    """An empty tensor on the device, in RAM, or in a file in the folder `out`: the first with room
-    for it; prints which.
+    """An empty tensor on the device, in RAM, or in a file in the folder `out`; prints which.
 
-    It takes at most 0.7 of what is free on a GPU, half of the RAM. Raises UserError where there is
-    no room at all.
+    It takes at most 0.7 of what is free on a GPU, half of the RAM. Raises UserError without room.
     """
     size = math.prod(shape)
     need = size * dtype.itemsize / 1e9                                      # GB
@@ -1869,7 +1861,7 @@ def ram():
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-# ========================================================================= 12 command line and main
+# ================================================================================== 13 command line
 
 class UserError(Exception):
     """Something that the person at the keyboard can mend: shown as one line, exit code 2."""
@@ -1880,19 +1872,23 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+FROM_0 = ("weight_decay", "lr_encoder", "head", "floor", "seed", "window", "stride")
+POSITIVE = ("jitter", "ring", "rates", "stretch", "crop", "size", "batch", "views", "top_k", "tile",
+            "lr", "lr_conv", "alpha", "width")
+
+
 def refuse_odd_numbers(cfg):
-    """Raise UserError for what no number in a Config may be: not finite, or an int beyond 2^32."""
+    """Raise UserError for what a number in a Config of either script may not be."""
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         for number in value if isinstance(value, tuple) else [value]:
             limit = 2 ** 32 if isinstance(number, int) else math.inf
             if isinstance(number, (int, float)) and not abs(number) < limit:
                 raise UserError(f"{flag(f.name)} {number}: not a sensible number")
-        if f.name in ("weight_decay", "lr_encoder", "head", "floor") and value < 0:
-            raise UserError(f"{flag(f.name)} {value}: from 0 on")
-        if f.name in ("jitter", "ring", "rates", "stretch", "crop", "size", "batch") and not min(
-                value if isinstance(value, tuple) else [value]) > 0:
-            raise UserError(f"{flag(f.name)} {value}: must be positive")
+            if f.name in FROM_0 and number < 0:
+                raise UserError(f"{flag(f.name)} {number}: from 0 on")
+            if f.name in POSITIVE and number <= 0:
+                raise UserError(f"{flag(f.name)} {number}: must be positive")
 
 
 def refuse_nonsense(cfg):
@@ -1900,13 +1896,9 @@ def refuse_nonsense(cfg):
     refuse_odd_numbers(cfg)
     for bad, message in [
             (not -1 < cfg.t < 1, f"--t {cfg.t}: a cosine's threshold lies in (-1, 1)"),
-            (min(cfg.epochs, cfg.batch, cfg.views, cfg.top_k, cfg.crop, cfg.tile, *cfg.size) < 1,
-             "--epochs, --batch, --views, --top-k, --crop, --tile and --size start at 1"),
-            (not (0 < cfg.lr < 1e6 and 0 < cfg.lr_conv < 1e6 and 0 < cfg.alpha < math.inf),
-             "--lr, --lr-conv and --alpha must be positive, and the rates below a million"),
-            (not 0 <= cfg.seed < 2 ** 32, f"--seed {cfg.seed}: from 0 to 2^32 - 1"),
+            (cfg.epochs < 1, f"--epochs {cfg.epochs}: starts at 1"),
+            (max(cfg.lr, cfg.lr_conv) >= 1e6, "--lr and --lr-conv must be below a million"),
             (not 0 <= cfg.threshold < 1, f"--threshold {cfg.threshold}: a probability, from 0 on"),
-            (min(cfg.window, cfg.stride) < 0, "--window and --stride: px, or 0"),
             (cfg.recipe and cfg.dataset == "emoji", "--recipe 2024 is not for Emoji VOC"),
             (cfg.recipe and cfg.clip != REGIME_2024["clip"],
              f"--clip {cfg.clip}: --recipe 2024 means {REGIME_2024['clip']}; leave out --clip"),
@@ -1976,6 +1968,8 @@ def versions():
             "platform": platform.platform(), "processors": os.cpu_count(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
+
+# ================================================================================ 14 modes and main
 
 def open_run(typed):
     """(Config, checkpoint or None) of the run to evaluate, resume or begin. Raises UserError."""
@@ -2052,16 +2046,15 @@ def describe(segmenter, samples, seconds):
     many pixels the rectification changed. Writes rectify.json, so that runs can be compared.
     """
     names, some = segmenter.classes, subsample(samples, 100)
-    predict, pixels = predictor(segmenter), collections.Counter()
-    shares, changed = np.zeros(len(names)), 0
+    predict, shares, changed = predictor(segmenter), np.zeros(len(names)), 0
     for sample in tqdm(some, "describing", unit="img", leave=False):
         masks = predict(limit(load_image(sample.image))[None])
         mask = masks[segmenter.cfg.method].cpu()
-        pixels["all"] += mask.numel()
-        pixels["changed"] += (mask != masks["maskclip"].cpu()).sum().item()
+        changed += (mask != masks["maskclip"].cpu()).sum().item()
         shares += mask.flatten().long().bincount(minlength=len(names)).numpy()
-    share = {name: round(n / pixels["all"], 4) for name, n in zip(names, shares.tolist())}
-    changed = round(pixels["changed"] / pixels["all"], 4)
+    pixels = shares.sum().item()
+    share = {name: round(n / pixels, 4) for name, n in zip(names, shares.tolist())}
+    changed = round(changed / pixels, 4)
     report = {"images": len(some), "share": share, "changed": changed,
               "config": asdict(segmenter.cfg), "versions": versions(), "seconds": seconds}
     write_text(Path(segmenter.cfg.out) / "rectify.json", json.dumps(report, indent=1))
@@ -2223,8 +2216,7 @@ def main(argv=None):
 
 
 def run(main):
-    """Call a script's main. What the user can mend is one line and exit code 2; an interrupt says
-    how to go on.
+    """Call a script's main. What the user can mend is one line and exit code 2.
 
     Where torchrun started several processes they meet first; but for errors only rank 0 talks.
     """
