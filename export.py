@@ -9,7 +9,7 @@
 
 --run is for the machine of deployment: it imports onnxruntime, numpy and pillow, nothing else.
 
-Emoji VOC, seed 0: agreement with PyTorch, mIoU on 400 validation images (`export.py --int8`), and
+A student of Emoji VOC's first edition: agreement with PyTorch, mIoU on 400 validation images, and
 the median at batch 1 on 1 core of an AMD EPYC (Zen 4), ONNX Runtime 1.31 (`tests/bench.py export`):
 
     student.onnx        16.2 MB     15.1 ms     100.00 %     77.36 mIoU
