@@ -850,13 +850,13 @@ def download(url, md5, path):
                            leave=False)
                 with bar, open(part, "ab" if have else "wb") as file:
                     while piece := reply.read1(1 << 20):
-                        bar.update(file.write(piece))
-                        if bar.n > total:
+                        bar.update(file.write(piece))                  # a disabled bar counts none
+                        if file.tell() > total:
                             raise OSError("the server sends more than it announced")
-                        if bar.n - have < SLOWEST * (time.time() - started - 60):
+                        if file.tell() - have < SLOWEST * (time.time() - started - 60):
                             raise OSError(f"less than {SLOWEST} bytes a second")
-                if bar.n < total:
-                    raise OSError("the connection was cut; the same command goes on from there")
+                    if file.tell() < total:
+                        raise OSError("the connection was cut; the same command goes on from there")
         except HTTPError as error:
             if error.code != 416:                              # 416: there is nothing left to fetch
                 raise

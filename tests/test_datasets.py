@@ -6,6 +6,7 @@ images of VOC's size.
 """
 import contextlib
 import errno
+import functools
 import http.server
 import io
 import json
@@ -307,7 +308,10 @@ def refused(remote, reason):
         part in text for part in (f"{remote.server.url}/file.tar", remote.md5, str(remote.path)))
 
 
-def test_a_download_appears_whole(remote):
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_download_appears_whole(remote, monkeypatch, hidden):
+    """With a progress bar, and where TQDM_DISABLE hides it."""
+    monkeypatch.setattr(rectify, "tqdm", functools.partial(rectify.tqdm, disable=hidden))
     remote.download()
     assert remote.path.read_bytes() == CONTENT and not remote.part.exists()
     remote.download()
