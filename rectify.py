@@ -316,10 +316,7 @@ def hypothesize(segmenter, images):
         tiles = [x[..., i:i + cfg.tile, j:j + cfg.tile] for i in tops for j in lefts]
         best = [scores(v2.functional.resize(tile, [side, side])).argmax(1) for tile in tiles]
         return torch.stack([F.one_hot(c, len(T)) for c in best]).amax(0).bool()
-    if max(images.shape[-2:]) > 8 * min(images.shape[-2:]):                 # cost is bounded
-        images = v2.functional.center_crop(images, [8 * min(images.shape[-2:])] * 2)
-    x = resize_to_fit(images, (10 ** 6, side), v2.InterpolationMode.BICUBIC)  # as CLIP's own
-    s = scores(x if cfg.view == "whole" else v2.functional.center_crop(x, side))
+    s = scores(clip_view(images, side, cfg.view))
     s = (segmenter.scale * s).softmax(1) if cfg.hypothesis == "softmax" else s
     return multi_label(s, cfg.t, cfg.top_k)
 
@@ -1267,12 +1264,27 @@ def batches_of_one_size(samples, batch, names=(), base=1):
     yield from map(stack, waiting.values())
 
 
-def hypotheses(segmenter, samples):
-    """y: N×C bool, the hypothesis of every sample."""
+def clip_view(images, side, view):
+    """What CLIP's image feature is made of: images ..×3×H×W, the shorter side `side` px, and of
+    that the square in the middle unless view is "whole".
+    """
+    if max(images.shape[-2:]) > 8 * min(images.shape[-2:]):                 # cost is bounded
+        images = v2.functional.center_crop(images, [8 * min(images.shape[-2:])] * 2)
+    x = resize_to_fit(images, (10 ** 6, side), v2.InterpolationMode.BICUBIC)  # as CLIP's own
+    return x if view == "whole" else v2.functional.center_crop(x, side)
+
+
+def each_image(compute, samples):
+    """N×.. on the CPU: compute(images B×3×H×W) -> B×.. of every sample."""
     found = {}
     for batch, images, _ in batches_of_one_size(samples, 16):
-        found.update(zip([sample.image for sample in batch], hypothesize(segmenter, images).cpu()))
+        found.update(zip([sample.image for sample in batch], compute(images).cpu()))
     return torch.stack([found[sample.image] for sample in samples])   # an image may be listed twice
+
+
+def hypotheses(segmenter, samples):
+    """y: N×C bool, the hypothesis of every sample."""
+    return each_image(functools.partial(hypothesize, segmenter), samples)
 
 
 @contextlib.contextmanager

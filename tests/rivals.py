@@ -36,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import nn
-from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rectify  # noqa: E402  (after the path to it)
@@ -151,11 +150,8 @@ def train(segmenter, samples, parameters, loss, how):
 
 def last_tokens(clip, x):
     """(input, output) of CLIP's own last block, B×(1+hw)×d both; x: B×3×H×W, normalized."""
-    kept = {}
-    keep = lambda block, args, output: kept.update(pair=(args[0], output))
-    with clip.visual.transformer.resblocks[-1].register_forward_hook(keep):
-        encode_image(clip, x, "stock")
-    return kept["pair"]
+    tokens, _ = rectify.earlier_blocks(clip, x)
+    return tokens, clip.visual.transformer.resblocks[-1](tokens)
 
 
 def grid_of(clip, x):
@@ -172,13 +168,13 @@ EXAMPLES = 50                                                           # k
 @torch.no_grad()
 def image_scores(segmenter, samples, T):
     """N×C, cos(CLIP's image feature, T_c) of every sample, seen as the hypothesis sees it."""
-    side, found = segmenter.clip.visual.image_size[0], {}
-    for group, images, _ in rectify.batches_of_one_size(samples, 16):
-        x = rectify.resize_to_fit(images, (10 ** 6, side), v2.InterpolationMode.BICUBIC)
-        x = v2.functional.center_crop(x, side) if segmenter.cfg.view == "center" else x
-        s = segmenter.encode(segmenter.clip, x, "stock") @ T.T
-        found.update(zip([sample.image for sample in group], s.cpu()))
-    return torch.stack([found[sample.image] for sample in samples])
+    clip = segmenter.clip
+
+    def scores(images):
+        x = rectify.clip_view(images, clip.visual.image_size[0], segmenter.cfg.view)
+        return segmenter.encode(clip, x, "stock") @ T.T
+
+    return rectify.each_image(scores, samples)
 
 
 def patch_weights(f, T_c, r_ctx):
@@ -305,7 +301,7 @@ class TCL(nn.Module):
 
     def forward(self, clip, x):
         with torch.no_grad():
-            tokens, grid = last_tokens(clip, x)[0], grid_of(clip, x)
+            tokens, grid = rectify.earlier_blocks(clip, x)
         v = rectify.last_block(self.block, tokens, grid, "maskclip")[:, 1:]  # B hw d
         v = (clip.visual.ln_post(v) @ clip.visual.proj).mT.unflatten(-1, grid)  # B D h w
         return F.normalize(self.decoder(v), dim=1)
