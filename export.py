@@ -310,8 +310,8 @@ def save_onnx(model, path, meta):
     model.opset_import.extend(used)
     onnx.checker.check_model(model, full_check=True)
     body, tail = model.SerializeToString(), onnx.ModelProto()   # one after the other is one model
-    meta |= {"md5": hashlib.md5(body).hexdigest(), "bytes": str(len(body))}
-    onnx.helper.set_model_props(tail, meta)
+    checksum = {"md5": hashlib.md5(body).hexdigest(), "bytes": str(len(body))}
+    onnx.helper.set_model_props(tail, meta | checksum)
     Path(path).write_bytes(body + tail.SerializeToString())
 
 

@@ -251,7 +251,7 @@ def bench(sizes, device, folder):
     peak, kind = 2 * n ** 3 / t["peak"], "bf16" if fast else "fp32"
     add(f"{kind} matmul peak", peak / 1e12, "TFLOP/s")
     for what, compute, seconds in (
-            ("dense CLIP", lambda: frozen(rectify.encode_image, clip, x, "maskclip"), t["dense"]),
+            ("dense CLIP", tasks["dense"], t["dense"]),
             ("student step", lambda: sum(out.sum() for out in student(taught.float())).backward(),
              t["student"])):
         with FlopCounterMode(display=False) as counter:

@@ -164,6 +164,14 @@ def run_of(dataset, recipe, method, seed):
     return out, ["--dataset", dataset, *regime, "--out", str(out), "--seed", str(seed)]
 
 
+def trained(dataset, recipe, method, seed):
+    """The folder of that run, trained and measured unless it is."""
+    out, options = run_of(dataset, recipe, method, seed)
+    if not (out / "rectify.json").is_file():
+        rectify.main([*options, "--method", method, "--resume"])
+    return out
+
+
 def rival(dataset, recipe, name, seed):
     """{title: result} of MaskCLIP, ReCLIP and a rival, by the command line of rivals.py."""
     out, options = run_of(dataset, recipe, "reclip", seed)
@@ -176,9 +184,8 @@ def rival(dataset, recipe, name, seed):
 def undistilled(dataset, recipe, name, seed):
     """A teacher of Table 10, measured: a rival, or "reclip"."""
     if name == "reclip":
-        out, options = run_of(dataset, recipe, name, seed)
-        rectify.main([*options, "--method", name, "--resume"])
-        results, title = json.loads((out / "rectify.json").read_text())["results"], name
+        out, title = trained(dataset, recipe, name, seed), name
+        results = json.loads((out / "rectify.json").read_text())["results"]
     else:
         results, title = rival(dataset, recipe, name, seed), rivals.RIVALS[name][0]
     found = results[title]["mIoU"]
@@ -190,8 +197,7 @@ def distilled(dataset, recipe, teacher, seed):
     method, a rival, or a folder of masks.
     """
     method, own = teacher if teacher == "reclip++" else "reclip", np.nan
-    out, options = run_of(dataset, recipe, method, seed)
-    rectify.main([*options, "--method", method, "--resume"])
+    out = trained(dataset, recipe, method, seed)
     folder = out / teacher if teacher in rivals.RIVALS else teacher
     if teacher in rivals.RIVALS:
         own = rival(dataset, recipe, teacher, seed)[rivals.RIVALS[teacher][0]]["mIoU"]

@@ -52,8 +52,7 @@ import distill
 import rectify
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 
-# ----------------------------------------------------------------------------------------------------------
-# 1 the world
+# -------------------------------------------------------------------------------------- 1 the world
 
 # name: (glyphs, popularity in captions, usual background, usual height in the first stage: -1 top
 # .. 1 bottom, a neighbour's name that it is given)
@@ -206,8 +205,7 @@ def scene(rng, art, deck):
     return picture.clip(0, 255).astype(np.uint8), mask
 
 
-# ------------------------------------------------------------------------------------------------ 2
-# captioned pictures
+# ----------------------------------------------------------------------------- 2 captioned pictures
 
 POPULARITY = np.array([c[1] for c in CLASSES.values()]) / sum(c[1] for c in CLASSES.values())
 # The stages of pretraining. aimed: how often the first thing is in the middle; misnamed: how often
@@ -303,8 +301,7 @@ def _captioned_chunk(job):
     return np.stack([m[0] for m in made]), [m[1] for m in made]
 
 
-# ------------------------------------------------------------------------------------------------ 3
-# the labelled archive
+# --------------------------------------------------------------------------- 3 the labelled archive
 
 def make_voc(path, seed, **splits):
     """Write the archive: VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}.
@@ -331,8 +328,7 @@ def make_voc(path, seed, **splits):
             add(f"ImageSets/Segmentation/{split}.txt", ("\n".join(stems) + "\n").encode())
 
 
-# --------------------------------------------------------------------------------------------------------
-# 4 the tiny CLIP
+# ---------------------------------------------------------------------------------- 4 the tiny CLIP
 
 CONFIG = {"model_cfg": {"embed_dim": 128,
                         "vision_cfg": {"image_size": SIDE, "patch_size": 12, "width": 192, "layers": 4, "head_width": 64},
@@ -498,8 +494,7 @@ def encode(model, texts):
     return F.normalize(x.float(), dim=-1)
 
 
-# -------------------------------------------------------------------------------------------------------
-# 5 the backbone
+# ----------------------------------------------------------------------------------- 5 the backbone
 
 def _closeups_chunk(job):
     """One chunk of the backbone's pictures: a glyph, anywhere and of any size that Emoji VOC has,
@@ -556,8 +551,7 @@ def pretrain_backbone(path, seed, pictures, steps, batch, side=64):
     save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in weights.items()}, path)
 
 
-# -------------------------------------------------------------------------------------------------------
-# 6 the headroom
+# ----------------------------------------------------------------------------------- 6 the headroom
 
 def headroom():
     """What there is to rectify: mIoU of MaskCLIP with corrections fitted, with ground truth, on the
