@@ -572,7 +572,7 @@ def measure(student, segmenter, cfg, val, out):
     names, base = segmenter.classes, cfg.label_base
     predict = lambda images: rectified(images) | {
         name: predict_student(net, images, cfg, C, p) for name, net in students.items()}
-    results, found = evaluate(predict, val, names, base)
+    results, found, _ = evaluate(predict, val, names, base)
     report = {"results": results, "config": asdict(cfg), "versions": versions(),
               "seconds": {"evaluation": round(time.time() - started, 1)}}
     write_text(out / "distill.json", json.dumps(report, indent=1))

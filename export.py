@@ -412,7 +412,7 @@ def check(module, sessions, train, val, names, base=1):
     results = {}
     if val:
         classes = names + ["background"] * module.has_background
-        results, _ = evaluate(predict, subsample(val, CHECKED), classes, base)
+        results, *_ = evaluate(predict, subsample(val, CHECKED), classes, base)
     else:
         for sample in subsample(train, CHECKED):
             image = limit(load_image(sample.image))

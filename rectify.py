@@ -697,11 +697,13 @@ def evaluate(predict, samples, names, base=1):
 
     names: the classes; where the last is "background" VOC's 0 counts as that, else it is void.
     base: the first class's value in label files. Returns ({method: {"mIoU": percent, "IoU":
-    {name: percent}}}, {method: [Found]}); a class that never occurs has IoU None.
+    {name: percent}}}, {method: [Found]}, the classes that each label shows: N×C bool, in the order
+    in which `predict` saw the images); a class that never occurs has IoU None.
     """
-    C, matrices, found = len(names), {}, {}
+    C, matrices, found, truth = len(names), {}, {}, []
     bar = tqdm(total=len(samples), desc="evaluating", unit="img", leave=False)
     for batch, images, labels in batches_of_one_size(samples, 16, names, base):
+        truth += [torch.isin(torch.arange(C), label) for label in labels]   # C each
         for method, masks in predict(images).items():
             labels = labels.to(masks.device)
             matrices[method] = matrices.get(method, 0) + confusion(labels, masks, C)
@@ -718,7 +720,22 @@ def evaluate(predict, samples, names, base=1):
         each = [None if np.isnan(v) else round(v, 3) for v in iou(matrix).tolist()]
         mean = round(iou(matrix).nanmean().item(), 3)
         results[method] = {"mIoU": mean, "IoU": dict(zip(names, each))}
-    return results, found
+    return results, found, torch.stack(truth)
+
+
+def assess(segmenter, samples):
+    """Measure masks and hypotheses, each image read once. Returns (`evaluate`'s results and
+    objects, `precision_recall` of the hypotheses).
+    """
+    predict, y, C = predictor(segmenter), [], len(segmenter.names)
+
+    def name_and_predict(images):
+        y.append(hypothesize(segmenter, images).cpu())
+        return predict(images)
+
+    base = segmenter.cfg.label_base
+    results, found, truth = evaluate(name_and_predict, samples, segmenter.classes, base)
+    return results, found, precision_recall(torch.cat(y)[:, :C], truth[:, :C])
 
 
 def precision_recall(y, truth):
@@ -727,14 +744,6 @@ def precision_recall(y, truth):
     return {"precision": round(hits / max(1, y.sum().item()), 4),
             "recall": round(hits / max(1, truth.sum().item()), 4),
             "classes_per_image": round(y.sum().item() / len(y), 3)}
-
-
-def classes_present(samples, C, base=1):
-    """N×C bool, the classes that ground truth shows in each sample."""
-    read = lambda s: load_label(s.label, load_image(s.image).shape[1:], C, base)
-    counts = [label.flatten().long().bincount(minlength=VOID + 1)[:C]
-              for label in read_ahead(read, samples)]
-    return torch.stack(counts) > 0
 
 
 def print_table(results, names):
@@ -2038,9 +2047,7 @@ def measure(segmenter, val, seconds):
     """
     cfg, names, started = segmenter.cfg, segmenter.classes, time.time()
     out, predict = Path(cfg.out), predictor(segmenter)
-    results, found = evaluate(predict, val, names, cfg.label_base)
-    y, C = hypotheses(segmenter, val), len(segmenter.names)
-    quality = precision_recall(y[:, :C], classes_present(val, C, cfg.label_base))
+    results, found, quality = assess(segmenter, val)
     seconds["evaluation"] = round(time.time() - started, 1)
     report = {"results": results, "hypothesis": quality, "config": asdict(cfg),
               "versions": versions(), "seconds": seconds}

@@ -528,7 +528,7 @@ def main(argv=None):
     if val:
         both = rectify.predictor(segmenter)
         predict = lambda images: both(images) | {title: masks(segmenter, dense, images)}
-        results, _ = rectify.evaluate(predict, val, names, cfg.label_base)
+        results, *_ = rectify.evaluate(predict, val, names, cfg.label_base)
         figure = rectify.figure4(predict, val, names, cfg.label_base)
         rectify.save_figure(figure, folder / "figure4.png")
         rectify.print_table(results, names)

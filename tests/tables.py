@@ -109,12 +109,6 @@ LOSSES = {"mask, feature, text": {}, "mask, feature": dict(text_weight=0.0),
           "mask, text": dict(feature_weight=0.0), "mask": dict(feature_weight=0.0, text_weight=0.0)}
 
 
-def mIoU(segmenter, val):
-    """{method: mIoU in percent} of a segmenter's masks."""
-    results, _ = rectify.evaluate(rectify.predictor(segmenter), val, segmenter.classes)
-    return {method: result["mIoU"] for method, result in results.items()}
-
-
 @contextlib.contextmanager
 def measured_after(marks, segmenter, val):
     """While this trains, measure at the ends of these epochs too. Yields {column: mIoU}, filled
@@ -126,7 +120,8 @@ def measured_after(marks, segmenter, val):
         finish(segmenter, optimizer, schedule, losses, masks, log, *rest)
         if len(log) in marks:
             segmenter.rectifier.eval()
-            found[f"after epoch {len(log)}"] = mIoU(segmenter, val)[segmenter.cfg.method]
+            results, *_ = rectify.assess(segmenter, val)
+            found[f"after epoch {len(log)}"] = results[segmenter.cfg.method]["mIoU"]
 
     with mock.patch.object(rectify, "finish_epoch", finish_and_measure):
         yield found
@@ -149,10 +144,10 @@ def rectified(options, seed, most_views, kept, marks=()):
         x, valid = kept[shared]
         y = rectify.hypotheses(segmenter, train).to(x.device)
         rectify.train(segmenter, (x, valid, y), len(y), Path(out))
-    found, truth = mIoU(segmenter, val), rectify.classes_present(val, len(names))
-    quality = rectify.precision_recall(rectify.hypotheses(segmenter, val), truth)
+    results, _, quality = rectify.assess(segmenter, val)
+    found, baseline = (results[method]["mIoU"] for method in (cfg.method, "maskclip"))
     earlier = {f"after epoch {mark}": earlier.get(f"after epoch {mark}", np.nan) for mark in marks}
-    return {"mIoU": found[cfg.method], "gain over MaskCLIP": found[cfg.method] - found["maskclip"],
+    return {"mIoU": found, "gain over MaskCLIP": found - baseline,
             "precision of y": 100 * quality["precision"],
             "recall of y": 100 * quality["recall"]} | earlier
 
@@ -225,7 +220,7 @@ def taught(dataset, weights, seed, kept, epochs=4):
     with tempfile.TemporaryDirectory() as out:
         distill.train(student, teacher, train, cfg, {}, Path(out))
     masks = lambda images: {"student": distill.predict_student(student, images, cfg, C)}
-    results, _ = rectify.evaluate(masks, val, segmenter.classes)
+    results, *_ = rectify.evaluate(masks, val, segmenter.classes)
     return {"mIoU": results["student"]["mIoU"]}
 
 

@@ -571,7 +571,7 @@ def test_the_metric_is_voc20s(true_size):
         counted = (truth >= 1) & (truth <= 20)
         np.add.at(matrix, (truth[counted] - 1, ((red // 8 + green // 64) % 20)[counted]), 1)
     assert 8 * 3 * 110 ** 2 * 0.4 < matrix.sum() <= 8 * 3 * 110 ** 2
-    results, _ = rectify.evaluate(guess, rectify.list_samples(true_size, "val"), VOC_NAMES)
+    results, *_ = rectify.evaluate(guess, rectify.list_samples(true_size, "val"), VOC_NAMES)
     union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
     expected = (100 * matrix.diagonal() / union).tolist()
     assert list(results["made-up"]["IoU"].values()) == pytest.approx(expected, abs=1e-3)

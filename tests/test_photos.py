@@ -343,9 +343,10 @@ def test_the_background_counts_where_it_was_named(tmp_path):
     dogs = lambda images: {"all dog": torch.zeros(images[:, 0].shape, dtype=torch.uint8)}
     for names, IoU, mean in ((["dog"], {"dog": 100}, 100),
                              (["dog", "background"], {"dog": 50, "background": 0}, 25)):
-        results, found = rectify.evaluate(dogs, samples, names)
+        results, found, truth = rectify.evaluate(dogs, samples, names)
         assert results["all dog"] == {"mIoU": mean, "IoU": IoU}
         assert [thing.label for thing in found["all dog"]] == [0]         # the background is none
+        assert truth.tolist() == [[True] * len(names)]
 
 
 def test_the_background_is_black_and_in_legends():

@@ -793,7 +793,7 @@ def test_evaluate_streams_one_matrix_over_all_images(small):
     """mIoU of a made-up predictor equals sets of pixels compared over the whole split."""
     samples = rectify.list_samples(small, "val")
     guess = lambda images: {"made-up": images[:, 0].long() % 3}
-    results, found = rectify.evaluate(guess, samples, ["cat", "dog", "horse"])
+    results, found, shown = rectify.evaluate(guess, samples, ["cat", "dog", "horse"])
     for c, name in enumerate(["cat", "dog", "horse"]):
         both = either = 0
         for sample in samples:
@@ -804,6 +804,23 @@ def test_evaluate_streams_one_matrix_over_all_images(small):
             either += ((truth == c) | (predicted == c)).sum()
         assert results["made-up"]["IoU"][name] == pytest.approx(100 * both / either, abs=0.001)
     assert len(found["made-up"]) == 6                   # three classes in each of two masks
+    assert shown.tolist() == [[True] * 3] * 2
+
+
+def test_assess_reads_every_image_once(mini, monkeypatch):
+    """Masks and hypotheses come from one pass; precision and recall are those of a slow loop."""
+    segmenter = rectify.Segmenter(configure(method="maskclip"), rectify.VOC_NAMES, CPU)
+    samples = rectify.list_samples(mini, "val")
+    y, hits, shown = rectify.hypotheses(segmenter, samples), 0, 0
+    for sample, row in zip(samples, y):
+        there = set(np.unique(np.array(Image.open(sample.label)))) - {0, VOID}
+        hits, shown = hits + sum(row[c - 1].item() for c in there), shown + len(there)
+    read, load = [], rectify.load_image
+    monkeypatch.setattr(rectify, "load_image", lambda path: read.append(path) or load(path))
+    results, _, quality = rectify.assess(segmenter, samples)
+    assert sorted(read) == sorted(sample.image for sample in samples)
+    assert quality["precision"] == pytest.approx(hits / y.sum().item(), abs=1e-4)
+    assert quality["recall"] == pytest.approx(hits / shown, abs=1e-4) and "maskclip" in results
 
 
 def test_voc_labels(tmp_path):
@@ -840,7 +857,7 @@ def test_figure5_frames_the_objects_farthest_from_the_centre(mini, tmp_path):
         shown.append(images)
         return {"maskclip": torch.zeros(images[:, 0].shape, dtype=torch.long)}
 
-    _, found = rectify.evaluate(guess, samples, rectify.VOC_NAMES)
+    _, found, _ = rectify.evaluate(guess, samples, rectify.VOC_NAMES)
     shown.clear()
     figure = rectify.figure5(guess, found["maskclip"], rectify.VOC_NAMES)
     most = {}
@@ -1376,6 +1393,6 @@ def test_the_published_settings_learn(emoji, tmp_path):
     torch.manual_seed(0)
     segmenter = rectify.Segmenter(cfg, rectify.VOC_NAMES, CPU)
     rectify.learn(segmenter, train[::3], None)
-    results, _ = rectify.evaluate(rectify.predictor(segmenter), val[::4], rectify.VOC_NAMES)
+    results, *_ = rectify.evaluate(rectify.predictor(segmenter), val[::4], rectify.VOC_NAMES)
     assert results["reclip"]["mIoU"] > results["maskclip"]["mIoU"] - 3, results
     assert log(tmp_path)[-1]["agreement"] < 0.3

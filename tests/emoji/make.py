@@ -610,10 +610,9 @@ def headroom():
     for title, chosen in (("MaskCLIP", ()), ("with an offset per class", ("class",)),
                           ("with an offset per class and place", ("class", "place")),
                           ("with a free Reference (C×D)", ("free",))):
-        results, _ = rectify.evaluate(predictor(fit(*chosen)), dev, NAMES)
+        results, *_ = rectify.evaluate(predictor(fit(*chosen)), dev, NAMES)
         print(f"{title:36}{results['corrected']['mIoU']:6.1f}")
-    y, there = rectify.hypotheses(segmenter, dev), rectify.classes_present(dev, 20)
-    quality = rectify.precision_recall(y, there)
+    quality = rectify.assess(segmenter, dev)[2]
     print(f"hypothesis: precision {quality['precision']:.2f}, recall {quality['recall']:.2f}")
     middle_and_edge(rectify.evaluate(predictor(fit()), train, NAMES)[1]["corrected"])
 
