@@ -358,10 +358,9 @@ def tcl(segmenter, samples, how):
 
     def dense(images):
         x = rectify.normalize(clip, images)
-        h, w = (n * p for n, p in zip(grid_of(clip, x), clip.visual.patch_size))
-        to_pixels = lambda f: F.interpolate(
-            (model.w * similarity(f, T) + model.b).sigmoid(), (h, w), mode="bilinear")
-        return 0.3 * to_pixels(encode_image(clip, x, "maskclip")) + 0.7 * to_pixels(model(clip, x))
+        e, f = model(clip, x), encode_image(clip, x, "maskclip")            # B D 4h 4w, B D h w
+        m, m_f = ((model.w * similarity(u, T) + model.b).sigmoid() for u in (e, f))
+        return 0.3 * F.interpolate(m_f, m.shape[-2:], mode="bilinear") + 0.7 * m
 
     return dense
 
