@@ -25,14 +25,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import timm
-import torch
-import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.scheduler import PolyLRScheduler
-from torch import distributed, nn
-from torchvision.transforms import v2
-
+# before torch: it says how torch's threads wait
 from rectify import (
     HERE, RANK, VOID, WORLD, PhotometricDistort, UserError, check_trained, command_line,
     contrastive_loss, dataset_folder, decide, denoise, digest, epoch_order, evaluate, figure4,
@@ -40,6 +33,14 @@ from rectify import (
     load_label, load_segmenter, newest, one_thread, option, output_folder, predictor, print_table,
     rank_zero_first, read_ahead, refuse_odd_numbers, resize_to_fit, run, save, save_figure,
     similarity, splits, tqdm, versions, wrap_ddp, write_text)
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.scheduler import PolyLRScheduler
+from torch import distributed, nn
+from torchvision.transforms import v2
 
 # ====================================================================== 1 recipes and configuration
 

@@ -56,6 +56,8 @@ from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # torch's threads: who waits soon yields the core
+
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,9 @@
 """What makes it fast changes nothing else: bfloat16, threads that read ahead, a step that waits for
 nothing.
 """
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -126,3 +129,22 @@ def test_distorted_colours_are_torchvisions():
         assert torch.equal(own, v2.RandomPhotometricDistort()(image))
         changed += not torch.equal(own, image)
     assert changed > 10
+
+
+@pytest.mark.parametrize("script", ["rectify", "distill"])
+@pytest.mark.parametrize("chosen, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_waiting_threads_yield_before_torch_is_loaded(script, chosen, expected):
+    """OpenMP reads its settings once, when torch loads it; what the user has set stays."""
+    code = f"""
+import os, sys
+class Watch:
+    def find_spec(name, *rest):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+sys.meta_path.insert(0, Watch)
+import {script}
+"""
+    env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | chosen
+    done = subprocess.run([sys.executable, "-c", code], cwd=rectify.HERE, env=env, check=True,
+                          capture_output=True, text=True)
+    assert done.stdout.split() == [expected]
