@@ -207,15 +207,14 @@ def positional_embedding(clip, grid):
     return pe if grid == tuple(visual.grid_size) else F.interpolate(pe, grid, mode="bicubic")
 
 
-def last_block(block, x, grid, attention):
-    """CLIP's last transformer block with an attention for dense prediction, B×(1+hw)×d to the same.
+def attention_block(block, x, grid, attention):
+    """A block of CLIP's image tower, B×(1+hw)×d to the same; the last one's attention is a choice.
 
     "stock": CLIP's own. maskclip: each token attends to itself alone (Zhou 2022). sclip: q·q + k·k
     (Wang 2024). clearclip: q·q, no residual, no MLP (Lan 2024). naclip: k·k and a Gaussian around
-    each patch, likewise (Hajimiri 2025).
+    each patch, likewise (Hajimiri 2025). open_clip's own code does the first: its attention, given
+    bfloat16, would copy the weights for every token.
     """
-    if attention == "stock":
-        return block(x)
     attn = block.attn
     qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)   # B 1+hw 3d
     q, k, v = qkv.chunk(3, dim=-1)                                          # B 1+hw d
@@ -226,12 +225,13 @@ def last_block(block, x, grid, attention):
             A = (q @ q.mT * scale).softmax(-1) + (k @ k.mT * scale).softmax(-1)
         elif attention == "clearclip":
             A = (q @ q.mT * scale).softmax(-1)
-        else:
+        elif attention == "naclip":
             yx = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in grid))  # hw 2
             distance = torch.cdist(yx.float(), yx.float())                  # hw hw
             near = torch.exp(-distance.square() / (2 * 5 ** 2))             # std 5 patches
             A = (k @ k.mT * scale + F.pad(near, (1, 0, 1, 0))).softmax(-1)
-        v = (A @ v).transpose(1, 2).flatten(2)                              # B 1+hw d
+        v = F.scaled_dot_product_attention(q, k, v) if attention == "stock" else A @ v
+        v = v.transpose(1, 2).flatten(2)                                    # B 1+hw d
     v = block.ls_1(attn.out_proj(v))                    # ls: LayerScale, the identity in most CLIPs
     if attention in ("clearclip", "naclip"):
         return v
@@ -253,7 +253,7 @@ def earlier_blocks(clip, x):
     cls = visual.class_embedding + visual.positional_embedding[0]
     x = visual.ln_pre(torch.cat([cls.expand(len(x), 1, -1), x], dim=1))     # B 1+hw d
     for block in visual.transformer.resblocks[:-1]:
-        x = block(x)
+        x = attention_block(block, x, grid, "stock")
     return x, grid
 
 
@@ -265,7 +265,7 @@ def encode_image(clip, x, attention):
     """
     visual = clip.visual
     x, grid = earlier_blocks(clip, x)
-    x = last_block(visual.transformer.resblocks[-1], x, grid, attention)
+    x = attention_block(visual.transformer.resblocks[-1], x, grid, attention)
     if attention == "stock":
         return F.normalize((visual._pool(x)[0] @ visual.proj).float(), dim=-1)  # B D
     f = (visual.ln_post(x[:, 1:]) @ visual.proj).float()                # B hw D; normalized in fp32

@@ -3,7 +3,7 @@ grows: a table and bench.json.
 
     python tests/bench.py --out runs/bench
     python tests/bench.py export      # export.py's files beside PyTorch, about 2 minutes
-    python tests/bench.py busy        # rectify.py and distill.py beside endless loops
+    python tests/bench.py busy        # rectify.py and distill.py beside endless loops, 15 minutes
 
 On a CPU: the tiny CLIP on images of Emoji VOC, about 90 s. On a GPU: true sizes, ViT-B/16 with
 random weights on 1,464 made images and crops of VOC's size. Times are medians of calls that take
@@ -269,8 +269,8 @@ def bench(sizes, device, folder):
 # ================================================================================== bench.py busy
 
 def bench_busy(out, repeats=3):
-    """Seconds of rectify.py and distill.py on a quiet machine, beside one endless loop and beside
-    three: the machine that people really have.
+    """Seconds of an epoch by rectify.py and by distill.py, with all that stands around it, on a quiet
+    machine, beside one endless loop and beside three: the machine that people really have.
     """
     times = {}
     for _ in range(repeats):
@@ -279,8 +279,8 @@ def bench_busy(out, repeats=3):
                     for _ in range(loops)]
             started = time.perf_counter()
             try:
-                subprocess.run([sys.executable, str(rectify.HERE / script), "--out", str(out)],
-                               check=True, capture_output=True)
+                subprocess.run([sys.executable, str(rectify.HERE / script), "--out", str(out),
+                                "--epochs", "1"], check=True, capture_output=True)
             finally:
                 for loop in busy:
                     loop.kill()

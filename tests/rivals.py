@@ -148,12 +148,6 @@ def train(segmenter, samples, parameters, loss, how):
     bar.close()
 
 
-def last_tokens(clip, x):
-    """(input, output) of CLIP's own last block, B×(1+hw)×d both; x: B×3×H×W, normalized."""
-    tokens, _ = rectify.earlier_blocks(clip, x)
-    return tokens, clip.visual.transformer.resblocks[-1](tokens)
-
-
 def grid_of(clip, x):
     """(h, w) of images x: ..×H×W, the last patch padded."""
     return tuple(-(-n // p) for n, p in zip(x.shape[-2:], clip.visual.patch_size))
@@ -235,7 +229,10 @@ def reco(segmenter, samples):
 
 def patch_features(clip, x):
     """B×hw×D of normalized images: the patches after CLIP's own last block, in text space."""
-    return clip.visual.ln_post(last_tokens(clip, x)[1][:, 1:]) @ clip.visual.proj
+    tokens, grid = rectify.earlier_blocks(clip, x)
+    last = clip.visual.transformer.resblocks[-1]
+    tokens = rectify.attention_block(last, tokens, grid, "stock")           # B 1+hw d
+    return clip.visual.ln_post(tokens[:, 1:]) @ clip.visual.proj
 
 
 def max_pool(features, valid):
@@ -302,7 +299,7 @@ class TCL(nn.Module):
     def forward(self, clip, x):
         with torch.no_grad():
             tokens, grid = rectify.earlier_blocks(clip, x)
-        v = rectify.last_block(self.block, tokens, grid, "maskclip")[:, 1:]  # B hw d
+        v = rectify.attention_block(self.block, tokens, grid, "maskclip")[:, 1:]  # B hw d
         v = (clip.visual.ln_post(v) @ clip.visual.proj).mT.unflatten(-1, grid)  # B D h w
         return F.normalize(self.decoder(v), dim=1)
 

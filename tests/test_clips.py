@@ -76,7 +76,7 @@ def test_a_vit_gives_features_and_learns(segmenter):
         # a token that sees itself alone has its own value
         alone = torch.full((5, 5), -torch.inf).fill_diagonal_(0)
         expected = block(tokens, attn_mask=alone)
-        assert torch.allclose(rectify.last_block(block, tokens, (2, 2), "maskclip"), expected,
+        assert torch.allclose(rectify.attention_block(block, tokens, (2, 2), "maskclip"), expected,
                               atol=1e-5)
     H, W = 2 * p + 3, 4 * p - 5
     for attention in rectify.ATTENTION:

@@ -102,14 +102,15 @@ def test_clippy_max_is_over_patches_that_are_not_padding():
         torch.testing.assert_close(z[b], F.normalize(torch.tensor(expected), dim=0))
 
 
-def test_last_tokens_give_clips_own_feature_back(segmenter):
+def test_patch_features_are_the_patches_after_clips_own_blocks(segmenter):
     clip, x = segmenter.clip, torch.randn(2, 3, 100, 130)
-    before, after = rivals.last_tokens(clip, x)
+    before, grid = rectify.earlier_blocks(clip, x)
+    after = clip.visual.transformer.resblocks[-1](before)                   # open_clip's own code
     own = F.normalize(clip.visual._pool(after)[0] @ clip.visual.proj, dim=-1)
     torch.testing.assert_close(own, rectify.encode_image(clip, x, "stock"))
-    block = clip.visual.transformer.resblocks[-1]
-    torch.testing.assert_close(block(before), after)
-    assert not block._forward_hooks, "the hook is gone"
+    patches = clip.visual.ln_post(after[:, 1:]) @ clip.visual.proj
+    torch.testing.assert_close(rivals.patch_features(clip, x), patches)
+    assert grid == rivals.grid_of(clip, x)
     assert rivals.patch_features(clip, x).shape == (2, math.prod(rivals.grid_of(clip, x)), 128)
 
 

@@ -457,7 +457,7 @@ def image_features(visual, x):
     y = last.ln_1(x)
     cls = x[:, :1] + last.attn(y[:, :1], y, y, need_weights=False)[0]
     cls = cls + last.mlp(last.ln_2(cls))
-    patches = rectify.last_block(last, x[:, 1:], None, "maskclip")
+    patches = rectify.attention_block(last, x[:, 1:], None, "maskclip")
     pooled, dense = ((visual.ln_post(y) @ visual.proj).float() for y in (cls[:, 0], patches))
     return F.normalize(pooled, dim=-1), F.normalize(F.normalize(dense, dim=-1).mean(1), dim=-1)
 
