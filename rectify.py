@@ -481,17 +481,23 @@ class Segmenter(nn.Module):
 
 # ======================================================================================= 4 training
 
-def augment(image, cfg):
-    """A random view of an image 3×H×W: resized, flipped, colours distorted, cropped and padded.
+def draw_view():
+    """What is random in a view: four numbers in [0, 1), and how colours are distorted."""
+    return torch.rand(4).tolist(), PhotometricDistort().make_params([torch.empty(3, 1, 1)])
+
+
+def augment(image, cfg, drawn):
+    """A view of an image 3×H×W, as `draw_view` drew it: resized, flipped, colours distorted, cropped
+    and padded.
 
     Returns (3×crop×crop uint8, the (height, width) in it that is not padding). The authors redraw a
     crop until no ground-truth class fills three quarters of it; ours never asks.
     """
-    (low, high), (factor, mirror, *corner) = cfg.jitter, torch.rand(4).tolist()
+    (low, high), ((factor, mirror, *corner), colours) = cfg.jitter, drawn
     image = resize_to_fit(image, cfg.size, factor=low + (high - low) * factor)
     if mirror < 0.5:
         image = image.flip(-1)
-    image = PhotometricDistort()(image)
+    image = PhotometricDistort().transform(image, colours)
     top, left = (int(u * (max(n - cfg.crop, 0) + 1)) for u, n in zip(corner, image.shape[1:]))
     image = image[:, top:top + cfg.crop, left:left + cfg.crop]
     height, width = image.shape[1:]
@@ -517,17 +523,22 @@ def training_data(segmenter, samples):
     x = allocate((K, N, *shape), torch.uint8 if cfg.finetune else torch.half, device, Path(cfg.out))
     valid = torch.empty(K, N, h, h, dtype=torch.bool, device=x.device)
 
-    def view(image, n, k):
+    def draw(n, k):
         torch.manual_seed(int(np.random.SeedSequence([cfg.seed, n, k]).generate_state(1)[0]))
-        return augment(image, cfg)
+        return draw_view()
 
-    images = read_ahead(lambda sample: limit(load_image(sample.image)), samples)
+    def views(work):                                    # in a thread, while CLIP sees others
+        sample, drawn = work
+        image = limit(load_image(sample.image)).to(device)
+        return [augment(image, cfg, one) for one in drawn]                  # K (crop, extent)
+
+    work = ((sample, [draw(n, k) for k in range(K)]) for sample, n in zip(samples, numbers))
+    ready = read_ahead(views, work)
     for start in tqdm(range(0, N, 32), "dense features", leave=False):
-        group = [image.to(device) for image in itertools.islice(images, 32)]
+        group = [*itertools.islice(ready, 32)]
         rows = slice(start, start + len(group))
         for k in range(K):
-            with one_thread():
-                crops, extents = zip(*(view(image, n, k) for image, n in zip(group, numbers[rows])))
+            crops, extents = zip(*(of_one[k] for of_one in group))
             height, width = torch.tensor(extents).T[..., None]              # B 1, B 1
             valid[k, rows] = (first < height)[:, :, None] & (first < width)[:, None]
             crops = torch.stack(crops)
@@ -1216,9 +1227,10 @@ def load_label(path, size, classes, base=1, background=VOID):
 def read_ahead(read, samples, ahead=32):
     """Yield read(sample) of each, in order, while threads read the next ones, `ahead` at most.
 
-    From Python 3.14 on, Executor.map can bound that itself.
+    Each computes alone: a team of OpenMP's would wait for its slowest at the end of every small
+    operation. From Python 3.14 on, Executor.map can bound that itself.
     """
-    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count()), "reader", torch.set_num_threads, [1]) as pool:
         waiting = collections.deque()
         for sample in samples:
             waiting.append(pool.submit(read, sample))

@@ -200,8 +200,8 @@ def bench(sizes, device, folder):
         """Beside a GPU other cores would make them meanwhile, and they lie ready; on a CPU it is
         the same cores' work.
         """
-        return ready if gpu else (
-            rectify.augment(rectify.load_image(sample.image), cfg)[0] for sample in some)
+        make = lambda image: rectify.augment(image, cfg, rectify.draw_view())[0]
+        return ready if gpu else (make(rectify.load_image(sample.image)) for sample in some)
 
     def anew():
         with mock.patch.object(rectify, "hypotheses", lambda *_: data[2]):      # computed but once

@@ -115,7 +115,7 @@ def batches(segmenter, samples, how):
             lambda i: rectify.limit(rectify.load_image(samples[i].image)), order.tolist())
         for i in order.split(how.batch):
             with rectify.one_thread():
-                crops, extents = zip(*(rectify.augment(image, view)
+                crops, extents = zip(*(rectify.augment(image, view, rectify.draw_view())
                                        for image in itertools.islice(images, len(i))))
             height, width = torch.tensor(extents).T[..., None]              # B 1, B 1
             valid = (first < height)[:, :, None] & (first < width)[:, None]

@@ -519,7 +519,7 @@ def test_augmented_views_say_what_is_padding():
         views = []
         for _ in range(2):
             torch.manual_seed(seed)
-            views.append(rectify.augment(image, cfg))
+            views.append(rectify.augment(image, cfg, rectify.draw_view()))
         (view, (height, width)), (again, _) = views
         assert view.shape == (3, cfg.crop, cfg.crop) and torch.equal(view, again)
         assert view[:, height:].sum() == 0 and view[:, :, width:].sum() == 0

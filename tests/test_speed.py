@@ -52,18 +52,20 @@ def test_reading_ahead_keeps_the_order_and_its_bound():
     lock, begun = threading.Lock(), []
 
     def read(k):
+        assert torch.get_num_threads() == 1
         with lock:
             begun.append(k)
         if k == 50:
             raise UserError("broken")
         return k * k
 
+    threads = torch.get_num_threads()
     stream, got = rectify.read_ahead(read, range(100), ahead=8), []
     with pytest.raises(UserError, match="broken"):
         for value in stream:
             got.append(value)
             assert len(begun) <= len(got) + 8
-    assert got == [k * k for k in range(50)]
+    assert got == [k * k for k in range(50)] and torch.get_num_threads() == threads
 
 
 class Crossings(TorchDispatchMode):
