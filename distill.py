@@ -25,7 +25,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# before torch: it says how torch's threads wait
+# before torch, for which it sets GOMP_SPINCOUNT
 from rectify import (
     HERE, RANK, VOID, WORLD, PhotometricDistort, UserError, check_trained, command_line,
     contrastive_loss, dataset_folder, decide, denoise, digest, epoch_order, evaluate, figure4,
@@ -79,7 +79,7 @@ class Config:
     size: tuple[int, int] = option("longest and shortest side of an image at most, px")
     jitter: tuple[float, float] = option("range of the random factor on that size in training")
     label_base: int = option("value of the first class in label PNGs", [0, 1], free=True)
-    stretch: float = option("largest random change of an image's shape; export.py shows squares")
+    stretch: float = option("sides' ratio changes by this factor at most; export.py shows squares")
     crop: int = option("side of a training crop, px")
     targets: str = option("the teacher sees every crop, or every image once", ["crop", "once"])
     denoise: float = option("prompt denoising of the teacher; 0: off")
@@ -154,7 +154,8 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images):
-        """Rectified, denoised logits B×C×h×w and dense features f B×D×h×w of uint8 images B×3×H×W.
+        """Logits B×C×h×w, rectified and denoised unless the teacher is maskclip, and dense features
+        f B×D×h×w of uint8 images B×3×H×W.
 
         The image is resized to whole patches, so that the maps cover just what the image covers.
         """
@@ -195,16 +196,17 @@ def stage_channels(width):
 def make_backbone(name, width=1.0, weights=""):
     """A timm backbone of output stride 8 that gives its last stage.
 
-    width: the ResNet's channels, as a share of 64/128/256/512. weights: "imagenet", a file, or ""
-    for none; where they cannot be had the backbone starts from scratch, and says so. Raises
-    UserError for what timm cannot make.
+    width: the ResNet's channels, as a share of 64/128/256/512. weights: "imagenet" (where it cannot
+    be fetched the backbone starts from scratch, and says so), a file (here or beside this script),
+    or "" for none. Raises UserError for what timm cannot make or read.
     """
     options = dict(features_only=True, output_stride=8, out_indices=(4,))
     if width != 1:
         options["channels"] = stage_channels(width)
     if ":" in name or "/" in name:                                     # would be fetched from a hub
         raise UserError(f"--backbone {name}: not one of timm's own names")
-    file = dict(file=str(HERE / weights)) if weights not in ("", "imagenet") else None
+    path = weights if Path(weights).is_file() else HERE / weights
+    file = dict(file=str(path)) if weights not in ("", "imagenet") else None
     if weights:
         with contextlib.suppress(Exception):    # timm, its hub and the network share no error class
             return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=file, **options)
@@ -234,8 +236,9 @@ class DeepLabV2(nn.Module):
     """DeepLabV2 (Chen 2018) into CLIP's text space: a dilated backbone, and ASPP, a sum of convs.
 
     forward(x): B×3×H×W, normalized by `prepare`, to (logits B×C×⌈H/8⌉×⌈W/8⌉, u B×D×⌈H/8⌉×⌈W/8⌉). T,
-    R and the scale are buffers: frozen, and saved with the weights. Authors' branches end in
-    BatchNorm and ReLU; ours do not, since u is to be f, which has signs.
+    R and the scale are buffers: frozen, and saved with the weights. R: ReCLIP's Reference; other
+    teachers have no bias f·Rᵀ, so None, which is 0. Authors' branches end in BatchNorm and ReLU;
+    ours do not, since u is to be f, which has signs.
     """
 
     def __init__(self, backbone, T, R=None, scale=1.0, rates=(6, 12, 18, 24), width=1.0,
@@ -317,11 +320,11 @@ def losses(logits, u, label, f, T, scale):
 # ======================================================================================= 5 training
 
 def random_window(size, cfg):
-    """θ: 2×3, the random window of an image of (height, width) px in a crop; half mirrored.
+    """θ: 2×3, where in an image of (height, width) px a random crop lies; half are mirrored.
 
     In affine_grid's units: [-1, 1] is the image. The image is first scaled by U(jitter) and the
-    ratio of its sides changed by a factor in [1/stretch, stretch]; a crop larger than it holds all
-    of it somewhere.
+    ratio of its sides changed by a factor in [1/stretch, stretch]. A crop that is larger than the
+    image has all of it at a random place.
     """
     (low, high), (scale, ratio, x, y, mirror) = cfg.jitter, torch.rand(5).tolist()
     scale, ratio = low + (high - low) * scale, cfg.stretch ** (2 * ratio - 1)

@@ -223,7 +223,7 @@ def run_files(args):
 # ===================================================================== 2 the graph that is exported
 
 def centres(size, target):
-    """Pixel centres of `target` pixels laid over `size` pixels, in px of the latter: target."""
+    """Where the centres of `target` equal pixels lie on an axis of `size` px: a vector, target."""
     import torch
 
     return (torch.arange(target) + 0.5) * (size / target)
@@ -232,9 +232,9 @@ def centres(size, target):
 def resize_matrix(size, target):
     """A, target×size, rows of sum 1: A x resizes x as PyTorch's antialiased bilinear resize does.
 
-    Each row is a triangle around the centre of its pixel, as wide as a pixel of the smaller image:
-    A_ij ∝ max(0, 1 − |j + ½ − c_i| / max(1, size / target)). ONNX's Resize has this filter as an
-    attribute, antialias, which some runtimes ignore; they all multiply matrices.
+    Each row is a triangle around the centre of its pixel, which ends a pixel of the smaller image
+    away: A_ij ∝ max(0, 1 − |j + ½ − c_i| / max(1, size / target)). ONNX's Resize has this filter as
+    an attribute, antialias, which some runtimes ignore; they all multiply matrices.
     """
     import torch
 
@@ -250,8 +250,8 @@ def image_to_mask(student, inner, classes, threshold=0.0, probabilities=False):
     shapes; the image is stretched, not cut. The mask is decided at a long side of at most
     max(inner, DECIDED) px and enlarged by nearest neighbour, so memory hardly grows with H·W·C.
 
-    classes: C; channels of the student beyond C are background words. With such words or a
-    threshold > 0 the mask is 0 for background and c + 1 for class c, else c. With `probabilities`
+    classes: C; of the student's Q channels those beyond C are background words. With such words or
+    a threshold > 0 the mask is 0 for background and c + 1 for class c, else c. With `probabilities`
     the module returns (mask, B×K×h×w float32) instead, h×w the size at which the mask is decided, K
     the number of values; background's is the larger of its words' best and the threshold.
     """
@@ -269,12 +269,12 @@ def image_to_mask(student, inner, classes, threshold=0.0, probabilities=False):
             B, H, W, _ = image.shape
             x = resize_matrix(H, inner) @ image.float().reshape(B, H, W * 3)        # B inner W·3
             x = x.reshape(B, inner, W, 3).permute(0, 3, 1, 2)                       # B 3 inner W
-            x = x @ resize_matrix(W, inner).T / 255                                 # B 3 inner ..
-            logits, _ = self.student(prepare(x).to(student.aspp[0].weight.dtype))   # B K s s
+            x = x @ resize_matrix(W, inner).T / 255                           # B 3 inner inner
+            logits, _ = self.student(prepare(x).to(student.aspp[0].weight.dtype))   # B Q s s
             side, s = max(inner, DECIDED), logits.shape[2]
             longest = torch.sym_max(torch.sym_max(H, W), side)
             h, w = (torch.sym_max(n * side // longest, 1) for n in (H, W))
-            logits = resize_matrix(s, h) @ logits @ resize_matrix(s, w).T           # B K h w
+            logits = resize_matrix(s, h) @ logits @ resize_matrix(s, w).T           # B Q h w
             total = logits.logsumexp(1, keepdim=True)                               # B 1 h w
             if self.has_background:
                 least = total + math.log(max(threshold, 1e-30))                     # B 1 h w
@@ -297,7 +297,8 @@ OPSET, IR_VERSION = 18, 8
 def save_onnx(model, path, meta):
     """Write a model (a proto, or the path of one) with metadata {key: str}, after ONNX's check.
 
-    ONNX has no checksum: the metadata holds one of the bytes before it, see `classes_of`.
+    ONNX has no checksum: the metadata, written last, holds the MD5 of the bytes before it, see
+    `classes_of`.
     """
     import onnx
 
@@ -309,7 +310,7 @@ def save_onnx(model, path, meta):
     del model.opset_import[:]
     model.opset_import.extend(used)
     onnx.checker.check_model(model, full_check=True)
-    body, tail = model.SerializeToString(), onnx.ModelProto()   # one after the other is one model
+    body, tail = model.SerializeToString(), onnx.ModelProto()   # protobuf reads the two as one
     checksum = {"md5": hashlib.md5(body).hexdigest(), "bytes": str(len(body))}
     onnx.helper.set_model_props(tail, meta | checksum)
     Path(path).write_bytes(body + tail.SerializeToString())
@@ -402,11 +403,11 @@ def check(module, sessions, train, val, names, base=1):
             if differs.any():
                 margin = p.amax(1) - p.gather(1, masks[name][:, None])[:, 0]        # B H W
                 found[name]["margin"] = max(found[name]["margin"], margin[differs].max().item())
-        return {name: (mask - first) % K for name, mask in masks.items()}           # class c is c
+        return {name: (mask - first) % K for name, mask in masks.items()}  # as `evaluate` has them
 
     def predict(images):
         H, W = images.shape[-2:]
-        compare(images[:1, :, :max(1, H - 2 | 1), :max(1, W - 4 | 1)])  # odd sizes, not traced
+        compare(images[:1, :, :max(1, (H - 2) | 1), :max(1, (W - 4) | 1)])  # odd sizes, not traced
         return compare(images)
 
     results = {}

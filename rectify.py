@@ -21,9 +21,9 @@ Read it from top to bottom: 1 recipes and configuration, 2 CLIP, 3 the method, 4
 
 The letters are the paper's: f dense feature, T text feature, V learnable prompt, R Reference
 feature, PE positional embedding, P space-preference bias, B bias logit map, M mask, y image-level
-hypothesis. Shapes: N images, B of them in a batch, K views of each; C classes; D dimensions of f,
-T and R, d of a token in its tower; L tokens of the prompt, n of a class name; h×w patches, H×W
-pixels.
+hypothesis. Shapes: N images, a batch of B (in a formula B is the bias), K views of each; C classes
+and behind them the background words, if any; D dimensions of f, T and R, d of a token in its tower;
+L tokens of the prompt, n of a class name; h×w patches, H×W pixels.
 """
 import argparse
 import collections
@@ -56,7 +56,7 @@ from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # torch's threads: who waits soon yields the core
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: idle threads soon yield their core
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ from tqdm import tqdm
 # ====================================================================== 1 recipes and configuration
 
 # One row per dataset: Table 12 and the authors' released configurations for the real ones, what
-# measures best on Emoji VOC's dev split for itself. Under a method's name: what differs for it.
+# measures best on Emoji VOC's dev split for itself. Under a method's name: its own settings.
 PAPER = dict(
     method="reclip", clip="ViT-B-16-quickgelu", pretrained="openai", normalization="clip",
     jitter=(0.5, 2.0), hypothesis="threshold", view="center", norm="frobenius", prompt="shared",
@@ -80,14 +80,12 @@ PAPER = dict(
     ring=40)
 RECIPES = {
     "emoji": {
-        **dict(method="reclip++", clip="local-dir:tests/emoji/clip", pretrained="",
-               normalization="clip", size=(2048, 192), jitter=(0.8, 1.25), crop=192,
-               hypothesis="softmax", view="whole", tile=96, t=0.2, top_k=1,
-               norm="frobenius", prompt="per-class", pool="grid", start="ours",
-               optimizer="adam", lr=1e-2, lr_encoder=1e-4, weight_decay=0.0,
-               epochs=8, batch=16, views=2, ring=10),
-        "reclip": dict(alpha=100.0, lr_conv=3e-3, sharpness=100.0, denoise=0.0),
-        "reclip++": dict(alpha=100.0, lr_conv=3e-3, sharpness=10.0, denoise=0.0)},
+        **dict(PAPER, method="reclip++", clip="local-dir:tests/emoji/clip", pretrained="",
+               size=(2048, 192), jitter=(0.8, 1.25), crop=192, hypothesis="softmax", view="whole",
+               tile=96, t=0.2, top_k=1, prompt="per-class", start="ours", optimizer="adam", lr=1e-2,
+               lr_conv=3e-3, weight_decay=0.0, epochs=8, batch=16, views=2, ring=10),
+        "reclip": dict(alpha=100.0, sharpness=100.0, denoise=0.0),
+        "reclip++": dict(alpha=100.0, sharpness=10.0, denoise=0.0)},
     # lr: the released 0.01 belongs to batch 1, here scaled to the batch. tile: a sixth of the crop.
     "voc": {
         **dict(PAPER, size=(2048, 512), crop=520, tile=86, t=0.23, top_k=2, epochs=200, batch=12,
@@ -125,14 +123,15 @@ class Config:
     root: str = option("folder that holds the datasets", default="data", free=True)
     data: str = option("a folder of your own: VOC's layout, or just images", None, "", free=True)
     names: str = option("class names: a file, one a line, or words and commas", None, "", free=True)
-    background: str = option("words of no class, 'sky, wall'; or field, first", None, "", free=True)
+    background: str = option("words that are no class: 'sky, wall'; field: VOC21's; first: the "
+                             "first line of --names", None, "", free=True)
     label_base: int = option("value of the first class in label PNGs", [0, 1], 1, free=True)
     out: str = option("folder of the run (default runs/<dataset>)", free=True)
     method: str = option("bias model; maskclip: none", ["maskclip", "reclip", "reclip++"])
     clip: str = option("open_clip's name of the model, or local-dir:FOLDER")
     pretrained: str = option("open_clip's tag of the weights, or a file")
     normalization: str = option("mean and std of images", ["clip", "imagenet"])
-    attention: str = option("of CLIP's last block", ATTENTION, "maskclip")
+    attention: str = option("attention of CLIP's last block", ATTENTION, "maskclip")
     size: tuple[int, int] = option("longest and shortest side of an image at most, px")
     jitter: tuple[float, float] = option("range of the random factor on that size in training")
     crop: int = option("side of a training crop, px")
@@ -143,12 +142,14 @@ class Config:
     top_k: int = option("classes of an image in which none reaches t")
     norm: str = option("length of R: of the matrix, or of each row", ["frobenius", "rows"])
     prompt: str = option("one for all classes, or one each", ["shared", "per-class"])
-    space: str = option("the space-preference bias P", ["on", "off"], "on")
+    space: str = option("the space-preference bias P; off: reclip++ has no B", ["on", "off"], "on")
     pool: str = option("mean of masked features over grid or mask", ["grid", "mask"])
-    start: str = option("V, P at first: random, 0; authors word 0, random", ["ours", "authors"])
+    start: str = option("ours: V random, P near 0; authors: V of word 0, P random",
+                        ["ours", "authors"])
     alpha: float = option("scale of the logits before Gumbel-Softmax")
     sharpness: float = option("scale of the logits before probabilities are compared", free=True)
-    denoise: float = option("drop classes nowhere more probable; 1: for VOC alone", free=True)
+    denoise: float = option("drop classes that nowhere in an image are as probable; 0: off",
+                            free=True)
     optimizer: str = option("optimizer", ["sgd", "adam"])
     lr: float = option("learning rate of the prompt")
     lr_conv: float = option("learning rate of the convolutions of P and of the decoder")
@@ -172,7 +173,8 @@ class Config:
 
 
 def configure(trained=None, **typed):
-    """The complete Config: what was typed, over the method's settings, over the dataset's.
+    """The complete Config: what was typed, over the method's settings, over the dataset's. For
+    images of your own (data) VOC's, unless a dataset was typed.
 
     trained: the configuration in a checkpoint, which then takes the recipe's place; what was typed
     must agree with it, but in the free fields. Raises UserError.
@@ -180,15 +182,16 @@ def configure(trained=None, **typed):
     if trained is None:
         dataset = typed.get("dataset", "voc" if typed.get("data") else "emoji")
         row = RECIPES[dataset]
-        of_method = row.get(typed.get("method", row["method"]), row["reclip"])  # maskclip: either's
-        trained = {k: v for k, v in row.items() if k not in ("reclip", "reclip++")} | of_method
-        trained |= REGIME_2024 if typed.get("recipe") else {}
-        trained |= {"pretrained": ""} if "clip" in typed else {}       # another CLIP, other weights
+        of_method = row.get(typed.get("method", row["method"]), row["reclip"])  # maskclip has none
+        settings = {k: v for k, v in row.items() if k not in ("reclip", "reclip++")} | of_method
+        settings |= REGIME_2024 if typed.get("recipe") else {}
+        settings |= {"pretrained": ""} if "clip" in typed else {}      # another CLIP, other weights
         place = Path(typed["data"]).resolve().name if typed.get("data") else dataset
-        trained |= {"dataset": dataset, "out": f"runs/{place}"}
+        settings |= {"dataset": dataset, "out": f"runs/{place}"}
     else:
         check_trained(Config, trained, typed)
-    cfg = Config(**trained | typed)
+        settings = trained
+    cfg = Config(**settings | typed)
     refuse_nonsense(cfg)
     return cfg
 
@@ -212,13 +215,13 @@ def attention_block(block, x, grid, attention):
 
     "stock": CLIP's own. maskclip: each token attends to itself alone (Zhou 2022). sclip: q·q + k·k
     (Wang 2024). clearclip: q·q, no residual, no MLP (Lan 2024). naclip: k·k and a Gaussian around
-    each patch, likewise (Hajimiri 2025). open_clip's own code does the first: its attention, given
-    bfloat16, would copy the weights for every token.
+    each patch, likewise (Hajimiri 2025). "stock" is open_clip's block, written out here since its
+    own code copies the weights for every token in bfloat16.
     """
     attn = block.attn
     qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)   # B 1+hw 3d
     q, k, v = qkv.chunk(3, dim=-1)                                          # B 1+hw d
-    if attention != "maskclip":
+    if attention != "maskclip":                                             # maskclip: v as it is
         q, k, v = (y.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
         scale = q.size(-1) ** -0.5                                   # q, k, v: B heads 1+hw d/heads
         if attention == "sclip":
@@ -291,7 +294,7 @@ def text_features(clip, tokenizer, names):
 # ===================================================================================== 3 the method
 
 def multi_label(s, t, top_k):
-    """The hypothesis y: B×C bool of scores s: B×C, y_c = [s_c ≥ t]; where none is, the top K."""
+    """The hypothesis y: B×C bool of scores s: B×C, y_c = [s_c ≥ t]; if none is, the best top_k."""
     top = F.one_hot(s.topk(min(top_k, s.size(1)), dim=1).indices, s.size(1)).amax(1).bool()
     return torch.where((s >= t).any(1, keepdim=True), s >= t, top)          # B C
 
@@ -327,7 +330,8 @@ def reference_features(clip, V, tokens):
     """The prompt [SOS][v1..vL][name][EOT] of each class through CLIP's text encoder: C×D.
 
     V: L×d, learnable tokens shared by all classes, or C×L×d. tokens: C×n, the names and EOT.
-    Differentiable in V.
+    Differentiable in V. `pack_prompts` makes C sequences of S = 1+L+n tokens, or where V is shared
+    one of S = 1+L+C·n: the prompt once and all names behind it, hidden from each other.
     """
     text = clip.text
     x, place, mask = pack_prompts(text, V, tokens)                          # prompts S d, S, S S
@@ -416,10 +420,11 @@ def contrastive_loss(M, f, T, y, scale, valid, pool):
 
 class Segmenter(nn.Module):
     """CLIP, its text features T, and the rectifier (ReCLIP or ReCLIPpp), which is all that is
-    learned. background: words that are learned as classes are, and mean none of them.
+    learned (with finetune CLIP's image tower, too). background: words that are learned as classes
+    are, and mean none of them.
 
     forward(x), a training step's: dense features B×D×h×w (with finetune uint8 views B×3×H×W) ->
-    rectified logits B×C×h×w and f. distill.py uses it as the teacher.
+    rectified logits B×C×h×w and f.
     """
 
     def __init__(self, cfg, names, device, T=None, background=()):
@@ -431,10 +436,11 @@ class Segmenter(nn.Module):
         self.tokens, L = name_tokens(self.clip, self.tokenizer, [q.split(", ")[0] for q in queries])
         self.T = text_features(self.clip, self.tokenizer, queries) if T is None else T.to(device)
         self.scale = self.clip.logit_scale.exp().item()
-        self.rectifier, self.images = None, ""          # images: which it learns from, see `learn`
+        self.rectifier, self.images = None, ""          # images: digest of the training list
         if cfg.method != "maskclip":
             words = self.clip.text.token_embedding.weight                   # 49408 d
-            V = 0.02 * torch.randn(*[len(queries)] * (cfg.prompt == "per-class"), L, words.size(1))
+            shape = (L, words.size(1))                                      # L d
+            V = 0.02 * torch.randn((len(queries), *shape) if cfg.prompt == "per-class" else shape)
             if cfg.start == "authors":
                 V[:] = words[0]
             model = ReCLIP if cfg.method == "reclip" else ReCLIPpp
@@ -487,8 +493,8 @@ def draw_view():
 
 
 def augment(image, cfg, drawn):
-    """A view of an image 3×H×W, as `draw_view` drew it: resized, flipped, colours distorted, cropped
-    and padded.
+    """A view of an image 3×H×W, as `draw_view` drew it: resized, flipped, colours distorted,
+    cropped and padded.
 
     Returns (3×crop×crop uint8, the (height, width) in it that is not padding). The authors redraw a
     crop until no ground-truth class fills three quarters of it; ours never asks.
@@ -510,9 +516,10 @@ def training_data(segmenter, samples):
 
     x: K×N×D×h×w half, the dense features f of K augmented views of each image (with finetune the
     views themselves, K×N×3×crop×crop uint8). valid: K×N×h×w bool, the patches that are not padding.
-    y: N×C bool, the hypothesis. A view depends on the seed and its numbers alone. Of several
-    processes each computes every WORLD-th image. Cost: K·N passes of CLIP, and N for y (windows:
-    one a tile); K·N·D·h·w·2 bytes, where `allocate` finds room.
+    y: N×C bool, the hypothesis. A view depends on the seed and its numbers alone. Of WORLD
+    processes (without torchrun one) each computes every WORLD-th image; N are its own. Cost: K·N
+    passes of CLIP, and N for y (windows: one a tile); K·N·D·h·w·2 bytes, where `allocate` finds
+    room.
     """
     cfg, device = segmenter.cfg, segmenter.device
     numbers, samples = range(RANK, len(samples), WORLD), samples[RANK::WORLD]
@@ -576,6 +583,7 @@ def train(segmenter, data, N, out, state=None):
     for epoch in range(len(log), cfg.epochs):
         k, losses, masks = epoch % cfg.views, 0, 0
         segmenter.rectifier.train()
+        # i: this process's images of a batch; size: of the whole batch; weight: 1 for one process
         for i, size, weight in rank_batches(epoch_order(cfg.seed, epoch, N), cfg.batch, x.device):
             present, inside = y[i].to(device), valid[k, i].to(device)       # B C, B h w
             logits, f = model(x[k, i].to(device))                           # B C h w, B D h w
@@ -585,7 +593,7 @@ def train(segmenter, data, N, out, state=None):
             (weight * loss).backward()
             optimizer.step()
             losses += weight * size / N * loss.detach()
-            masks += (weight > 0) * (M.detach() * inside[:, None]).sum(0)                  # C h w
+            masks += (weight > 0) * (M.detach() * inside[:, None]).sum(0)   # C h w, for `agreement`
             bar.update()
         finish_epoch(segmenter, optimizer, schedule, losses, masks, log, bar, out)
     bar.close()
@@ -615,15 +623,17 @@ def upsample(logits, patch, resized, original):
 
 
 def decide(logits, patch, resized, original, classes, sharpness=1.0, threshold=0.0):
-    """The mask B×H×W uint8 of grid logits B×Q×h×w: the best query of every pixel.
+    """The mask B×H×W uint8 of grid logits B×C×h×w: the best class of every pixel.
 
-    It is `classes`, the background, where the best is a background word (from `classes` on) or its
-    probability softmax(sharpness · logits) is below the threshold. Memory is bounded: a few queries
-    at a time, LARGEST_MASK pixels at most; a larger mask is enlarged by nearest neighbour.
+    classes: how many are no background words; these stand behind them. A pixel is background, which
+    is the value `classes`, where its best is such a word or its probability softmax(sharpness ·
+    logits) is below the threshold. resized, original: (height, width) of the image that CLIP saw
+    and of the file. Memory is bounded: a few classes at a time, LARGEST_MASK pixels at most; a
+    larger mask is enlarged by nearest neighbour.
     """
     shrink = min(1, (LARGEST_MASK / math.prod(original)) ** 0.5)
     size = [max(1, round(shrink * n)) for n in original]
-    most = max(1, 8 * LARGEST_MASK // (len(logits) * math.prod(size)))      # queries at a time
+    most = max(1, 8 * LARGEST_MASK // (len(logits) * math.prod(size)))      # classes at a time
     best, mask, total = (torch.full((len(logits), *size), v, device=logits.device)
                          for v in (-torch.inf, 0, -torch.inf))              # B H W each
     for first in range(0, logits.size(1), most):
@@ -2118,7 +2128,7 @@ def slide(dense, x, patch, cfg):
 
 @torch.no_grad()
 def rectify_words(segmenter, words):
-    """(T, the function from dense features f: B×D×h×w to rectified logits B×Q×h×w) of any Q words.
+    """(T, the function from dense features f: B×D×h×w to rectified logits B×C×h×w) of any C words.
 
     Words that are not classes of the training get a Reference from the learned prompt (the mean
     prompt, where each class has one). ReCLIP's P and ReCLIP++'s decoder have one output per class
