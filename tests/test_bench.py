@@ -38,3 +38,13 @@ def test_bench_prints_a_table_and_writes_it(emoji, tmp_path, monkeypatch, capsys
     assert rows["200 cached epochs"]["how"].startswith("projected")
     assert {what for what, row in rows.items() if "met" in row} == bench.TARGETS["cpu"].keys()
     assert report["versions"]["torch"] == torch.__version__
+
+
+def test_a_quarter_of_emoji_voc(emoji, tmp_path, monkeypatch):
+    """What `bench.py busy` runs on: 300 training and 100 validation images, all 20 classes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(emoji)
+    options = bench.quarter(tmp_path / "small")
+    cfg = rectify.configure(**rectify.command_line(rectify.Config, "", rectify.RECIPES, options))
+    train, val = rectify.splits(rectify.dataset_folder(cfg))
+    assert (len(train), len(val)) == (300, 100) and rectify.class_names(cfg) == rectify.VOC_NAMES
