@@ -215,8 +215,8 @@ def attention_block(block, x, grid, attention):
 
     "stock": CLIP's own. maskclip: each token attends to itself alone (Zhou 2022). sclip: q·q + k·k
     (Wang 2024). clearclip: q·q, no residual, no MLP (Lan 2024). naclip: k·k and a Gaussian around
-    each patch, likewise (Hajimiri 2025). "stock" is open_clip's block, written out here since its
-    own code copies the weights for every token in bfloat16.
+    each patch, likewise (Hajimiri 2025). "stock" is open_clip's block, written out here since
+    nn.MultiheadAttention copies its weights for every token in bfloat16.
     """
     attn = block.attn
     qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)   # B 1+hw 3d
