@@ -1240,6 +1240,7 @@ def read_ahead(read, samples, ahead=32):
     Each computes alone: a team of OpenMP's would wait for its slowest at the end of every small
     operation. From Python 3.14 on, Executor.map can bound that itself.
     """
+    torch.get_num_threads()             # settles the caller's own number, before readers set theirs
     with ThreadPoolExecutor(min(8, os.cpu_count()), "reader", torch.set_num_threads, [1]) as pool:
         waiting = collections.deque()
         for sample in samples:

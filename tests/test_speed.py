@@ -150,3 +150,19 @@ import {script}
     done = subprocess.run([sys.executable, "-c", code], cwd=rectify.HERE, env=env, check=True,
                           capture_output=True, text=True)
     assert done.stdout.split() == [expected]
+
+
+def test_who_reads_ahead_keeps_all_threads():
+    """Also where the readers are the first that compute in a process: torch settles a thread's
+    number at its first operation, and takes the last one that was set anywhere.
+    """
+    code = """
+import rectify, torch
+assert [*rectify.read_ahead(lambda k: torch.get_num_threads(), [0])] == [1]
+torch.randn(1000, 1000).exp()
+print(torch.get_num_threads())
+"""
+    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=rectify.HERE, env=env, check=True,
+                          capture_output=True, text=True)
+    assert done.stdout.split() == ["2"]
