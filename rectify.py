@@ -21,9 +21,9 @@ Read it from top to bottom: 1 recipes and configuration, 2 CLIP, 3 the method, 4
 
 The letters are the paper's: f dense feature, T text feature, V learnable prompt, R Reference
 feature, PE positional embedding, P space-preference bias, B bias logit map, M mask, y image-level
-hypothesis. Shapes: N images, a batch of B (in a formula B is the bias), K views of each; C classes
-and behind them the background words, if any; D dimensions of f, T and R, d of a token in its tower;
-L tokens of the prompt, n of a class name; h×w patches, H×W pixels.
+hypothesis. Shapes: N images, a batch of B (in a formula B is the bias), K views of each; C classes,
+counting the background words that stand behind them; D dimensions of f, T and R, d of a token in
+its tower; L tokens of the prompt, n of a class name; h×w patches, H×W pixels.
 """
 import argparse
 import collections
@@ -625,11 +625,11 @@ def upsample(logits, patch, resized, original):
 def decide(logits, patch, resized, original, classes, sharpness=1.0, threshold=0.0):
     """The mask B×H×W uint8 of grid logits B×C×h×w: the best class of every pixel.
 
-    classes: how many are no background words; these stand behind them. A pixel is background, which
-    is the value `classes`, where its best is such a word or its probability softmax(sharpness ·
-    logits) is below the threshold. resized, original: (height, width) of the image that CLIP saw
-    and of the file. Memory is bounded: a few classes at a time, LARGEST_MASK pixels at most; a
-    larger mask is enlarged by nearest neighbour.
+    classes: how many of the C are classes; the rest, behind them, are background words. A pixel is
+    background, which is the value `classes`, where its best is such a word or its probability
+    softmax(sharpness · logits) is below the threshold. resized, original: (height, width) of the
+    image that CLIP saw and of the file. Memory is bounded: a few classes at a time, LARGEST_MASK
+    pixels at most; a larger mask is enlarged by nearest neighbour.
     """
     shrink = min(1, (LARGEST_MASK / math.prod(original)) ** 0.5)
     size = [max(1, round(shrink * n)) for n in original]

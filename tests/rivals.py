@@ -32,14 +32,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-from timm.layers import LayerNorm2d
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import rectify  # noqa: E402  (after the path to it)
+import rectify  # noqa: E402  (after the path to it, and before torch, as in distill.py)
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from rectify import encode_image, similarity, tqdm  # noqa: E402
+from timm.layers import LayerNorm2d  # noqa: E402
+from torch import nn  # noqa: E402
 
 # ======================================================================================= 1 settings
 

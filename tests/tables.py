@@ -36,12 +36,12 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-import distill  # noqa: E402  (after the path to it)
+import distill  # noqa: E402  (after the path to it, and before torch, as in distill.py)
 import rectify  # noqa: E402
 import rivals  # noqa: E402
+import torch  # noqa: E402
 
 RECLIP = dict(method="reclip")
 BOTH = {"ReCLIP": RECLIP, "ReCLIP++": dict(method="reclip++")}
@@ -120,7 +120,8 @@ def measured_after(marks, segmenter, val):
         finish(segmenter, optimizer, schedule, losses, masks, log, *rest)
         if len(log) in marks:
             segmenter.rectifier.eval()
-            results, *_ = rectify.assess(segmenter, val)
+            predict = rectify.predictor(segmenter)
+            results, *_ = rectify.evaluate(predict, val, segmenter.classes)
             found[f"after epoch {len(log)}"] = results[segmenter.cfg.method]["mIoU"]
 
     with mock.patch.object(rectify, "finish_epoch", finish_and_measure):

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import distill
 import rectify
@@ -399,6 +399,15 @@ def test_the_schedule_falls_to_its_floor(taught, mini, tmp_path, monkeypatch, lr
                                     for start in (lr, 10 * lr)]) for k in range(10)]
     log = [json.loads(line)["lr"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log == pytest.approx([backbone for backbone, _ in rates[1::2]], abs=1e-6)
+
+
+def test_weights_are_looked_for_here_first(tmp_path, monkeypatch):
+    """A relative --weights is a file of the current folder, else one beside the script."""
+    monkeypatch.chdir(tmp_path)
+    stored = load_file(rectify.HERE / distill.RECIPES["emoji"]["weights"])
+    save_file({name: torch.zeros_like(value) for name, value in stored.items()}, "own.safetensors")
+    network = distill.make_backbone("resnet18", 0.5, "own.safetensors")
+    assert not network.state_dict()["layer4.1.conv2.weight"].any()
 
 
 def test_weights_that_do_not_fit_are_not_forced(monkeypatch, capsys):

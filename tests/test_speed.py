@@ -133,7 +133,7 @@ def test_distorted_colours_are_torchvisions():
     assert changed > 10
 
 
-@pytest.mark.parametrize("script", ["rectify", "distill"])
+@pytest.mark.parametrize("script", ["rectify", "distill", "rivals", "tables"])
 @pytest.mark.parametrize("chosen, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
 def test_waiting_threads_yield_before_torch_is_loaded(script, chosen, expected):
     """OpenMP reads its settings once, when torch loads it; what the user has set stays."""
@@ -144,6 +144,7 @@ class Watch:
         if name == "torch":
             print(os.environ.get("GOMP_SPINCOUNT"))
 sys.meta_path.insert(0, Watch)
+sys.path.append("tests")
 import {script}
 """
     env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | chosen
