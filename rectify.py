@@ -541,8 +541,8 @@ def training_data(segmenter, samples):
 
     work = ((sample, [draw(n, k) for k in range(K)]) for sample, n in zip(samples, numbers))
     ready = read_ahead(views, work)
-    for start in tqdm(range(0, N, 32), "dense features", leave=False):
-        group = [*itertools.islice(ready, 32)]
+    for start in tqdm(range(0, N, 16), "dense features", leave=False):
+        group = [*itertools.islice(ready, 16)]
         rows = slice(start, start + len(group))
         for k in range(K):
             crops, extents = zip(*(of_one[k] for of_one in group))
@@ -899,7 +899,8 @@ def download(url, md5, path):
 
 
 def unpack(archive, md5, target):
-    """Check a tar or zip against its md5 and unpack it to `target`, which appears whole.
+    """Check a tar or zip against its md5 and unpack it to `target`, which appears whole, with the
+    md5 in a file of that name.
 
     Raises UserError, also for a tar's member that would leave the folder; a zip's is not unpacked.
     """
@@ -916,6 +917,7 @@ def unpack(archive, md5, target):
     try:
         safe = {} if archive.suffix == ".zip" else {"filter": "data"}  # zips leave such members out
         shutil.unpack_archive(archive, partial, **safe)
+        (partial / "md5").write_text(md5)
         partial.rename(target)
     except Exception as error:     # damaged archives raise a dozen classes that have none in common
         shutil.rmtree(partial, ignore_errors=True)
@@ -987,6 +989,11 @@ def dataset_folder(cfg):
     files, inside, _ = DATASETS[cfg.dataset]
     root, target = Path(cfg.root), Path(cfg.root) / cfg.dataset
     folder, context = target / inside, target / inside / "ImageSets/SegmentationContext"
+    (archive, md5), stamp = files[0], target / "md5"
+    same = stamp.is_file() and stamp.read_bytes() == md5.encode()
+    if isinstance(archive, Path) and folder.is_dir() and not same:
+        raise UserError(f"{target}: unpacked from another version of {archive.name}; delete it, and "
+                        "start again")
     if folder.is_dir() and (context.is_dir() or not files[1:]):
         return folder
     root.mkdir(parents=True, exist_ok=True)
@@ -1234,14 +1241,14 @@ def load_label(path, size, classes, base=1, background=VOID):
     return torch.from_numpy(values[label])
 
 
-def read_ahead(read, samples, ahead=32):
+def read_ahead(read, samples, ahead=32, threads=min(8, os.cpu_count())):
     """Yield read(sample) of each, in order, while threads read the next ones, `ahead` at most.
 
     Each computes alone: a team of OpenMP's would wait for its slowest at the end of every small
     operation. From Python 3.14 on, Executor.map can bound that itself.
     """
     torch.get_num_threads()             # settles the caller's own number, before readers set theirs
-    with ThreadPoolExecutor(min(8, os.cpu_count()), "reader", torch.set_num_threads, [1]) as pool:
+    with ThreadPoolExecutor(threads, "reader", torch.set_num_threads, [1]) as pool:
         waiting = collections.deque()
         for sample in samples:
             waiting.append(pool.submit(read, sample))

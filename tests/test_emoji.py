@@ -112,3 +112,15 @@ def test_the_backbone_has_met_none_of_emoji_vocs_images():
     others, ours = {image.tobytes() for image in make.other_glyphs()}, make.glyphs()
     assert len(others) > 1200
     assert not others & {image.tobytes() for images in ours.values() for image in images}
+
+
+def test_images_of_another_version_are_not_taken_for_these(emoji, tmp_path):
+    """What an earlier version of the repository unpacked would be measured in silence."""
+    here, old = rectify.configure(root=str(emoji)), rectify.configure(root=str(tmp_path))
+    assert rectify.dataset_folder(here) == emoji / "emoji/VOCdevkit/VOC2012"
+    for stamp in (None, "0" * 32):
+        (tmp_path / "emoji/VOCdevkit/VOC2012").mkdir(parents=True, exist_ok=True)
+        if stamp:
+            (tmp_path / "emoji/md5").write_text(stamp)
+        with pytest.raises(rectify.UserError, match="emoji: unpacked from another version of"):
+            rectify.dataset_folder(old)
