@@ -28,10 +28,10 @@ from pathlib import Path
 
 # before torch, for which it sets GOMP_SPINCOUNT
 from rectify import (
-    HERE, RANK, VOID, WORLD, PhotometricDistort, UserError, check_trained, command_line,
-    contrastive_loss, dataset_folder, decide, denoise, digest, epoch_order, evaluate, figure4,
-    figure5, flag, hypothesize, in_bf16, list_digest, list_files, load_checkpoint, load_image,
-    load_label, load_segmenter, newest, one_thread, option, output_folder, predictor, print_table,
+    HERE, RANK, VOID, WORLD, PhotometricDistort, UserError, batches_of_one_size, check_trained,
+    command_line, contrastive_loss, dataset_folder, decide, denoise, digest, epoch_order, evaluate,
+    figure4, figure5, flag, hypothesize, in_bf16, list_digest, list_files, load_checkpoint,
+    load_image, load_label, load_segmenter, newest, option, output_folder, predictor, print_table,
     rank_zero_first, read_ahead, refuse_odd_numbers, resize_to_fit, run, save, save_figure,
     similarity, splits, tqdm, versions, wrap_ddp, write_text)
 
@@ -176,15 +176,19 @@ class Teacher:
         Cost: 3·N passes of CLIP, N·(C + D)·h·w·2 bytes in every process, since any may need any
         image.
         """
-        size, self.cache = self.segmenter.cfg.size, []
-        images = read_ahead(lambda s: resize_to_fit(load_image(s.image), size), samples)
-        for image in tqdm(images, "teacher", len(samples), unit="img", leave=False):
-            both = self(torch.stack([image, image.flip(-1)]))
-            logits, f = (maps[:1] / 2 + maps[1:].flip(-1) / 2 for maps in both)
-            absent = ~hypothesize(self.segmenter, image[None])[0, :, None, None]  # C 1 1
-            logits = logits - self.cfg.penalty * logits.std() * absent
-            logits = F.avg_pool2d(logits, 3, 1, 1, count_include_pad=False)  # 1 C h w
-            self.cache.append((logits[0].half(), f[0].half()))
+        segmenter, cache = self.segmenter, {}
+        bar = tqdm(total=len(samples), desc="teacher", unit="img", leave=False)
+        for batch, images, _ in batches_of_one_size(samples, 16):
+            x = resize_to_fit(images.to(segmenter.device), segmenter.cfg.size)
+            logits, f = ((maps + mirrored.flip(-1)) / 2                     # B C h w, B D h w
+                         for maps, mirrored in zip(self(x), self(x.flip(-1))))
+            absent = ~hypothesize(segmenter, x)[:, :, None, None]           # B C 1 1
+            logits = logits - self.cfg.penalty * logits.std((1, 2, 3), keepdim=True) * absent
+            logits = F.avg_pool2d(logits, 3, 1, 1, count_include_pad=False)
+            cache |= zip([sample.image for sample in batch], zip(logits.half(), f.half()))
+            bar.update(len(batch))
+        bar.close()
+        self.cache = [cache[sample.image] for sample in samples]
 
 
 # ==================================================================================== 3 the student
@@ -377,13 +381,12 @@ def training_batch(teacher, batch, cfg, device):
         else:                                     # these maps are the crop's own: the window is all
             logits, f = teacher(x.round().byte())
             window = torch.eye(2, 3, device=device).expand_as(theta)
-        label = sample_windows(logits, window, S).argmax(1)                 # B S S
+        label = sample_windows(logits, window, S).max(1).indices            # B S S
         f = sample_windows(f, window, math.ceil(S / 8))                     # B D s s
     label.masked_fill_(~inside, VOID)
     if truths[0] is not None:
         label.masked_fill_(cut(truths) == VOID, VOID)
-    with one_thread():
-        return torch.stack([PhotometricDistort()(crop) for crop in x / 255]), label, f
+    return torch.stack([PhotometricDistort()(crop) for crop in x / 255]), label, f
 
 
 def step(model, optimizer, x, label, f, weights, share=1.0):
@@ -407,7 +410,7 @@ def make_optimizer(student, cfg):
               {"params": list(student.aspp.parameters()), "lr": cfg.lr * cfg.head}]
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, weight_decay=cfg.weight_decay)
-    return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=True)
 
 
 def train(student, teacher, samples, cfg, fixed, out, state=None):
@@ -437,11 +440,12 @@ def train(student, teacher, samples, cfg, fixed, out, state=None):
         own = [i[RANK::WORLD].tolist() for i in batches]
         read = lambda i: read_example(samples[i], i, cfg, len(student.T))
         examples = read_ahead(read, itertools.chain(*own))
+        prepare_batch = lambda i: training_batch(
+            teacher, [*itertools.islice(examples, len(i))], cfg, device)
         student.train()
-        for k, (whole, i) in enumerate(zip(batches, own)):
+        ready = read_ahead(prepare_batch, own, ahead=1, threads=1)    # one: it draws random numbers
+        for k, (whole, i, (x, label, f)) in enumerate(zip(batches, own, ready)):
             schedule.step_update(epoch * steps + k)
-            batch = list(itertools.islice(examples, len(i)))
-            x, label, f = training_batch(teacher, batch, cfg, device)
             share = len(i) * WORLD / len(whole)
             for name, loss in step(model, optimizer, x, label, f, weights, share).items():
                 total[name] = total.get(name, 0) + loss * len(i) / N

@@ -1328,19 +1328,6 @@ def hypotheses(segmenter, samples):
     return each_image(functools.partial(hypothesize, segmenter), samples)
 
 
-@contextlib.contextmanager
-def one_thread():
-    """Many small operations run in one thread: at the end of each, a team would wait for its
-    slowest, on a busy machine for milliseconds.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 class PhotometricDistort(v2.RandomPhotometricDistort):
     """torchvision's, but channels change places without an index that a GPU would wait for."""
 

@@ -21,6 +21,7 @@ Read it from top to bottom: 1 settings, 2 sentences and training, 3 ReCo, 4 CLIP
 section. U: the sentences of a batch, equal ones counted once.
 """
 import argparse
+import contextlib
 import copy
 import functools
 import itertools
@@ -98,6 +99,19 @@ def pairs(own, U):
     return F.one_hot(own, U).bool()
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Many small operations run in one thread: at the end of each, a team would wait for its
+    slowest, on a busy machine for milliseconds.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def batches(segmenter, samples, how):
     """Yield the `Batch`es of all epochs: every image once an epoch, augmented as by rectify.py."""
     cfg, clip, names = segmenter.cfg, segmenter.clip, [*segmenter.names, *segmenter.background]
@@ -113,7 +127,7 @@ def batches(segmenter, samples, how):
         images = rectify.read_ahead(
             lambda i: rectify.limit(rectify.load_image(samples[i].image)), order.tolist())
         for i in order.split(how.batch):
-            with rectify.one_thread():
+            with one_thread():
                 crops, extents = zip(*(rectify.augment(image, view, rectify.draw_view())
                                        for image in itertools.islice(images, len(i))))
             height, width = torch.tensor(extents).T[..., None]              # B 1, B 1
