@@ -1385,21 +1385,24 @@ def draw_rows(rows, names, classes, boxes=None, titles=None, side=1.5):
     lines = -(-len(classes) // per_line)
     height = len(rows) * side + 0.25 * lines + 0.3
     figure = Figure((columns * side + 1.1, height), layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for axes, (title, images) in zip(grid, rows.items()):
-        axes[0].set_ylabel(title, rotation=0, ha="right", va="center")
-        for k, (axis, image) in enumerate(zip(axes, images)):
-            axis.imshow(image, interpolation="nearest" if max(image.shape) < 200 else "antialiased")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
+    axis = figure.subplots()                 # one, with cells of 1×1: dozens would take a second more
+    for r, images in enumerate(rows.values()):
+        for k, image in enumerate(images):
+            (h, w), cell = image.shape[:2], 0.95 / max(image.shape)         # a pixel's side in cells
+            x, y = k - w / 2 * cell, r - h / 2 * cell                       # the corner's place
+            axis.imshow(image, extent=(x, x + w * cell, y + h * cell, y),
+                        interpolation="nearest" if max(h, w) < 200 else "antialiased")
             if boxes:
                 left, top, right, bottom = boxes[k]
                 for style in (dict(edgecolor="white"), dict(edgecolor="blue", linestyle="--")):
                     axis.add_patch(Rectangle(
-                        (left - 0.5, top - 0.5), right - left + 1, bottom - top + 1, fill=False,
-                        linewidth=2, clip_on=False, **style))
-            if titles:
-                axis.set_title(titles[k], fontsize=10)
+                        (x + left * cell, y + top * cell), (right - left + 1) * cell,
+                        (bottom - top + 1) * cell, fill=False, linewidth=2, **style))
+    axis.set(xlim=(-0.5, columns - 0.5), ylim=(len(rows) - 0.5, -0.5), aspect="equal")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_xticks(range(columns), titles or [""] * columns)
+    axis.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
+    axis.spines[:].set_visible(False)
     patches = [Patch(facecolor=[v / 255 for v in colour(c, names)], edgecolor="black",
                      label=names[c]) for c in classes]
     figure.legend(handles=patches, loc="outside lower center", ncols=per_line, frameon=False)

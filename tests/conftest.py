@@ -25,6 +25,19 @@ def fp32():
         yield decides
 
 
+@pytest.fixture(scope="session", autouse=True)
+def text_features_once():
+    """T is computed once for equal names and an equal text tower: a second in dozens of runs."""
+    compute, known = rectify.text_features, {}
+
+    def remembered(clip, tokenizer, names):
+        key = rectify.digest(clip.text), tuple(names)
+        return known[key] if key in known else known.setdefault(key, compute(clip, tokenizer, names))
+
+    with mock.patch.object(rectify, "text_features", remembered):
+        yield
+
+
 @pytest.fixture(scope="session")
 def emoji(tmp_path_factory):
     """The folder to give as --root: Emoji VOC, unpacked by the very code that a user runs."""
