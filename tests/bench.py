@@ -41,7 +41,7 @@ import rectify  # noqa: E402
 # images: of an epoch. batch: of dense CLIP. steps: of the authors' recipe. repeats: calls that a
 # median is taken of. grow: the sizes over which a cost is measured, each with the others at `base`.
 SIZES = {
-    "cpu": dict(images=96, batch=32, steps=24, repeats=5,
+    "cpu": dict(images=96, batch=16, steps=24, repeats=5,
                 base=dict(images=64, classes=20, side=192),
                 grow=dict(images=(64, 128, 256), classes=(20, 59, 150), side=(96, 192, 384))),
     "cuda": dict(images=1464, batch=64, steps=64, repeats=3,
@@ -142,7 +142,8 @@ def growth(segmenter, sizes, folder):
             if axis == "classes":       # T's values cost nothing: random ones, not of 85 sentences
                 T = F.normalize(torch.randn(value, segmenter.T.size(1)), dim=1)
                 names = [f"thing {k}" for k in range(value)]
-                grown = rectify.Segmenter(segmenter.cfg, names, segmenter.device, T)
+                with quiet():                   # of words that the tiny CLIP has never met
+                    grown = rectify.Segmenter(segmenter.cfg, names, segmenter.device, T)
             data = make_features(grown, size["images"], size["side"])
             tasks["cached epoch", value] = functools.partial(
                 rectify.train, grown, data, len(data[2]), folder)
@@ -214,8 +215,8 @@ def bench(sizes, device, folder):
     steps = 4                   # of the student in a call: the host may prepare the next meanwhile
 
     def student_steps():
-        for _ in range(steps):
-            x, label, f = distill.training_batch(teacher, batch, course, device)
+        make = lambda _: distill.training_batch(teacher, batch, course, device)
+        for x, label, f in rectify.read_ahead(make, range(steps), ahead=1, threads=1):
             distill.step(student, descent, x, label, f, weights)
 
     epoch = lambda learner: rectify.train(learner, data, N, folder)
