@@ -12,7 +12,7 @@ alone, subtracts them, and measures what that gains.
     python rectify.py --image photo.jpg --names "dog, horse"                # one image, any words
     torchrun --nproc-per-node 4 rectify.py --dataset ade                    # several GPUs
 
-The first two give ReCLIP++ 54.0 ± 1.2 and ReCLIP 43.8 ± 0.2 mIoU over seeds 0, 1, 2; MaskCLIP,
+The first two give ReCLIP++ 54.0 ± 1.2 and ReCLIP 43.9 ± 0.5 mIoU over seeds 0, 1, 2; MaskCLIP,
 which is CLIP untrained, has 39.2. Each takes two minutes of processor time (README: which one).
 
 Read it from top to bottom: 1 recipes and configuration, 2 CLIP, 3 the method, 4 training,
