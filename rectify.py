@@ -2158,17 +2158,20 @@ def rectify_words(segmenter, words):
 @torch.no_grad()
 def segment(typed):
     """--image: for an image, or each in a folder, the mask (a palette PNG with VOC's values) and an
-    overlay, MaskCLIP's beside the rectified one. Without a run: by CLIP alone.
+    overlay, MaskCLIP's beside the rectified one. Without a run, or by --method maskclip: CLIP alone.
 
     Nothing is denoised: who names the classes knows that they are there.
     """
     chosen = {k: v for k, v in typed.items() if k not in ("image", "out", "names", "background")}
-    if "out" in typed or any(Path("runs").glob("*/rectify.pt")):
+    trained = "out" in typed or any(Path("runs").glob("*/rectify.pt"))
+    if trained and typed.get("method") != "maskclip":
         run = Path(typed["out"]) / "rectify.pt" if "out" in typed else newest("rectify.pt")
         segmenter, out = load_segmenter(run, **chosen), run.parent
-        print(f"segmenting with {run}")
+        emoji = segmenter.cfg.clip == RECIPES["emoji"]["clip"]
+        print(f"segmenting with {run}" + emoji * (
+            ", whose CLIP knows emoji only; for photographs --method maskclip takes OpenAI's CLIP"))
     else:
-        print("nothing was trained under runs/: CLIP alone, not rectified")
+        print("CLIP alone, not rectified")
         wanted = {"dataset": "voc"} | typed | {"method": "maskclip"}
         cfg, out = configure(**{k: v for k, v in wanted.items() if k != "image"}), Path(".")
         names, background = class_names(cfg), background_words(cfg)

@@ -1,11 +1,11 @@
 """How fast each part is, against what others do in the same run, and how the cost of an epoch
 grows: a table and bench.json.
 
-    python tests/bench.py --out runs/bench
+    python tests/bench.py             # half a minute on 2 cores
     python tests/bench.py export      # export.py's files beside PyTorch, about 2 minutes
     python tests/bench.py busy        # rectify.py and distill.py beside endless loops, 12 minutes
 
-On a CPU: the tiny CLIP on images of Emoji VOC, about 90 s. On a GPU: true sizes, ViT-B/16 with
+On a CPU: the tiny CLIP on images of Emoji VOC. On a GPU: true sizes, ViT-B/16 with
 random weights on 1,464 made images and crops of VOC's size. Times are medians of calls that take
 turns, after one call of each that is not counted.
 """

@@ -966,16 +966,19 @@ def test_image_uses_the_newest_run(mini, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(rectify.list_samples(mini, "val")[0].image, "photo.jpg")
     printed = run("--image", "photo.jpg", "--dataset", "emoji")
-    assert "nothing was trained under runs/: CLIP alone, not rectified" in printed
+    assert "CLIP alone, not rectified" in printed
     for made in ("photo.mask.png", "photo.overlay.png"):
         (tmp_path / made).unlink()
     for age, name in [(100, "old"), (0, "new")]:
         (tmp_path / "runs" / name).mkdir(parents=True)
         shutil.copy(trained["reclip"].out / "rectify.pt", f"runs/{name}")
         os.utime(f"runs/{name}/rectify.pt", (time.time() - age,) * 2)
-    assert "segmenting with runs/new/rectify.pt" in run("--image", "photo.jpg")
+    printed = run("--image", "photo.jpg")
+    assert "segmenting with runs/new/rectify.pt, whose CLIP knows emoji only" in printed
     assert (tmp_path / "runs/new/photo.overlay.png").is_file()
     assert not (tmp_path / "runs/old/photo.overlay.png").exists()
+    printed = run("--image", "photo.jpg", "--dataset", "emoji", "--method", "maskclip")
+    assert "CLIP alone, not rectified" in printed and (tmp_path / "photo.overlay.png").is_file()
 
 
 # =========================================================================================== images

@@ -2,7 +2,7 @@
 
     python tests/emoji/make.py            # everything, from nothing (README says how long it takes)
     python tests/emoji/make.py --only voc   # the labelled archive alone, about ten seconds
-    python tests/emoji/make.py --headroom   # how much bias this world has to remove: README's second table
+    python tests/emoji/make.py --headroom   # how much bias this world has to remove
 
 **Emoji VOC** (`emoji-voc.tar`): VOC's 20 classes drawn with Noto Color Emoji on textured backgrounds, in VOC2012's own
 folder layout, in three splits: train, val, and dev, on which settings are chosen. Every class is
@@ -559,8 +559,8 @@ def headroom():
 
     An offset per class is the class-preference bias, one per class and place (a coarse map) the
     space-preference bias as well; a free C×D Reference bounds what subtracting f·Rᵀ can do.
-    Measured on dev, since this world was made by these numbers. A diagnostic: nothing that learns
-    ever sees this.
+    Measured on dev, since this world was made by these numbers; objects on the training images, which
+    are more. A diagnostic: nothing that learns ever sees this.
     """
     cfg = rectify.configure(method="maskclip")
     folder = rectify.dataset_folder(cfg)
