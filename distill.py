@@ -28,8 +28,8 @@ from pathlib import Path
 
 # before torch, for which it sets GOMP_SPINCOUNT
 from rectify import (
-    HERE, RANK, VOID, WORLD, PhotometricDistort, UserError, batches_of_one_size, check_trained,
-    command_line, contrastive_loss, dataset_folder, decide, denoise, digest, epoch_order, evaluate,
+    HERE, RANK, VOID, WORLD, PhotometricDistort, UserError, check_trained, command_line,
+    contrastive_loss, dataset_folder, decide, denoise, digest, each_image, epoch_order, evaluate,
     figure4, figure5, flag, hypothesize, in_bf16, list_digest, list_files, load_checkpoint,
     load_image, load_label, load_segmenter, newest, option, output_folder, predictor, print_table,
     rank_zero_first, read_ahead, refuse_odd_numbers, resize_to_fit, run, save, save_figure,
@@ -118,6 +118,7 @@ def configure(teacher, trained=None, /, **typed):
             trained |= {"width": 1.0, "weights": "imagenet"}      # another network, its own weights
     else:
         check_trained(Config, trained, typed)
+        trained = trained | {"resume": False, "tta": False}
     cfg = Config(**trained | typed | {"out": teacher.out})
     refuse_odd_numbers(cfg)
     by_folder = cfg.teacher not in METHODS
@@ -131,8 +132,9 @@ def configure(teacher, trained=None, /, **typed):
              f"`python rectify.py --method {cfg.teacher} --out FOLDER` and give --out FOLDER"),
             (by_folder and not cfg.eval and not Path(cfg.teacher).is_dir(),
              f"--teacher {cfg.teacher}: neither {', '.join(METHODS)} nor a folder of masks"),
-            (by_folder and Path(cfg.teacher).resolve().name == "maskclip",
-             f"--teacher {cfg.teacher}: would be taken for MaskCLIP+; rename that folder"),
+            (by_folder and Path(cfg.teacher).resolve().name in ("", "maskclip"),
+             f"--teacher {cfg.teacher}: names its student's folder, and that would be "
+             "MaskCLIP+'s or the run's own; rename it"),
             (cfg.epochs < 1 or cfg.batch < WORLD,
              f"--epochs starts at 1, and --batch at {WORLD}, an image for each process"),
             (max(cfg.lr, cfg.width) >= 1e6, "--lr and --width must be below a million"),
@@ -152,21 +154,26 @@ class Teacher:
     def __init__(self, segmenter, cfg):
         self.segmenter, self.cfg, self.cache = segmenter, cfg, None
         self.R = None if cfg.teacher == "maskclip" else segmenter.reference()
+        self.least = 0 if self.R is None else cfg.denoise                   # of denoising
 
     @torch.no_grad()
-    def __call__(self, images):
-        """Logits B×C×h×w, rectified and denoised unless the teacher is maskclip, and dense features
-        f B×D×h×w of uint8 images B×3×H×W.
+    def look(self, images):
+        """Logits B×C×h×w, rectified unless the teacher is maskclip, and dense features f B×D×h×w of
+        uint8 images B×3×H×W.
 
         The image is resized to whole patches, so that the maps cover just what the image covers.
         """
         segmenter, patch = self.segmenter, self.segmenter.clip.visual.patch_size[0]
         whole = [max(1, round(n / patch)) * patch for n in images.shape[-2:]]
         f = segmenter.features(v2.functional.resize(images, whole))
-        if self.cfg.teacher == "maskclip":
-            return similarity(f, segmenter.T), f
-        return denoise(segmenter.rectified(f, self.R), SHARPNESS, self.cfg.denoise), f
+        return similarity(f, segmenter.T) if self.R is None else segmenter.rectified(f, self.R), f
 
+    def __call__(self, images):
+        """`look`, denoised."""
+        logits, f = self.look(images)
+        return denoise(logits, SHARPNESS, self.least), f
+
+    @torch.no_grad()
     def cache_targets(self, samples):
         """Keep (logits C×h×w, f D×h×w), half, of every image: the mean of it and its mirror image.
 
@@ -176,19 +183,16 @@ class Teacher:
         Cost: 3·N passes of CLIP, N·(C + D)·h·w·2 bytes in every process, since any may need any
         image.
         """
-        segmenter, cache = self.segmenter, {}
-        bar = tqdm(total=len(samples), desc="teacher", unit="img", leave=False)
-        for batch, images, _ in batches_of_one_size(samples, 16):
-            x = resize_to_fit(images.to(segmenter.device), segmenter.cfg.size)
+        def targets(images):
+            x = resize_to_fit(images.to(self.segmenter.device), self.segmenter.cfg.size)
             logits, f = ((maps + mirrored.flip(-1)) / 2                     # B C h w, B D h w
-                         for maps, mirrored in zip(self(x), self(x.flip(-1))))
-            absent = ~hypothesize(segmenter, x)[:, :, None, None]           # B C 1 1
+                         for maps, mirrored in zip(self.look(x), self.look(x.flip(-1))))
+            absent = ~hypothesize(self.segmenter, x)[:, :, None, None]      # B C 1 1
             logits = logits - self.cfg.penalty * logits.std((1, 2, 3), keepdim=True) * absent
             logits = F.avg_pool2d(logits, 3, 1, 1, count_include_pad=False)
-            cache |= zip([sample.image for sample in batch], zip(logits.half(), f.half()))
-            bar.update(len(batch))
-        bar.close()
-        self.cache = [cache[sample.image] for sample in samples]
+            return zip(denoise(logits, SHARPNESS, self.least).half(), f.half())
+
+        self.cache = each_image(targets, samples, "teacher")
 
 
 # ==================================================================================== 3 the student
@@ -223,8 +227,8 @@ def make_backbone(name, width=1.0, weights=""):
     if file:
         raise UserError(f"--weights {weights}: cannot be read as weights of {name}, width {width}")
     if weights:
-        print(f"WARNING: ImageNet's weights of {name} cannot be fetched here: the backbone STARTS "
-              "FROM SCRATCH and learns less; --weights FILE takes them from a file",
+        print(f"WARNING: ImageNet's weights of {name}, width {width}, cannot be had here: the "
+              "backbone STARTS FROM SCRATCH and learns less; --weights FILE takes them from a file",
               file=sys.stderr)
     return network
 
@@ -381,7 +385,7 @@ def training_batch(teacher, batch, cfg, device):
         else:                                     # these maps are the crop's own: the window is all
             logits, f = teacher(x.round().byte())
             window = torch.eye(2, 3, device=device).expand_as(theta)
-        label = sample_windows(logits, window, S).max(1).indices            # B S S
+        label = sample_windows(logits, window, S).max(1).indices            # B S S; argmax is slow
         f = sample_windows(f, window, math.ceil(S / 8))                     # B D s s
     label.masked_fill_(~inside, VOID)
     if truths[0] is not None:
@@ -414,11 +418,13 @@ def make_optimizer(student, cfg):
 
 
 def train(student, teacher, samples, cfg, fixed, out, state=None):
-    """Learn the student from the teacher alone; each epoch is logged, and saved for --resume.
+    """Learn the student from the teacher alone; each epoch is logged, and saved for --resume, in
+    the folder `out`.
 
     teacher: a Teacher, or None where the masks lie in the folder cfg.teacher. Of several processes
-    each takes its part of every batch. fixed: what every checkpoint of this student holds. state:
-    the checkpoint of an interrupted run to go on with.
+    each takes its part of every batch; a last one with less than an image for each is left out.
+    fixed: what every checkpoint of this student holds. state: the checkpoint of an interrupted run
+    to go on with.
     """
     device, N = student.T.device, len(samples)
     if device.type == "cuda":
@@ -443,7 +449,10 @@ def train(student, teacher, samples, cfg, fixed, out, state=None):
         prepare_batch = lambda i: training_batch(
             teacher, [*itertools.islice(examples, len(i))], cfg, device)
         student.train()
-        ready = read_ahead(prepare_batch, own, ahead=1, threads=1)    # one: it draws random numbers
+        # The next batch is made while the student steps, in one thread, since it draws random
+        # numbers; not where CLIP sees every crop on a CPU: that wants all cores.
+        alone = teacher and not teacher.cache and device.type == "cpu"
+        ready = map(prepare_batch, own) if alone else read_ahead(prepare_batch, own, 1, threads=1)
         for k, (whole, i, (x, label, f)) in enumerate(zip(batches, own, ready)):
             schedule.step_update(epoch * steps + k)
             share = len(i) * WORLD / len(whole)
@@ -485,8 +494,9 @@ def check_masks(folder, samples, classes):
     if missing:
         raise UserError(f"{folder}: {len(missing)} of {len(samples)} training images have no mask; "
                         f"first {missing[0]}.png")
-    for sample in tqdm(samples, "checking masks", unit="img", leave=False):
-        load_label(folder / f"{sample.name}.png", load_image(sample.image).shape[1:], classes)
+    fits = lambda s: load_label(folder / f"{s.name}.png", load_image(s.image).shape[1:], classes)
+    for _ in tqdm(read_ahead(fits, samples), "checking masks", len(samples), leave=False):
+        pass
 
 
 def make_student(cfg, segmenter):
@@ -513,8 +523,11 @@ def load_student(state, device="cpu"):
 
 def resume(student, optimizer, state, cfg):
     """Take all of an interrupted run from its checkpoint; returns its log, one entry per epoch."""
-    student.load_state_dict(state["student"])
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        student.load_state_dict(state["student"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, RuntimeError, TypeError, ValueError):
+        raise UserError("distill.partial.pt: does not fit its settings; leave out --resume")
     print(f"resuming after epoch {len(state['log'])} of {cfg.epochs}")
     return state["log"]
 
@@ -551,15 +564,15 @@ def predict_student(student, images, cfg, classes, threshold=0.0):
 
     With cfg.tta the mean of the logits over flips and three scales.
     """
-    images, size, total, grid = images.to(student.T.device), images.shape[-2:], 0, None
+    images, size, maps = images.to(student.T.device), images.shape[-2:], []
     for factor in TTA_SCALES if cfg.tta else (1.0,):
         x = prepare(resize_to_fit(images, cfg.size, factor=factor).float() / 255)
         for mirror in (False, True) if cfg.tta else (False,):
             logits = student(x.flip(-1) if mirror else x)[0]
-            logits = logits.flip(-1) if mirror else logits
-            grid = grid or logits.shape[-2:]                   # of the first scale, the image's own
-            total = total + F.interpolate(logits, grid, mode="bilinear")
-    return decide(total, 1, grid, size, classes, threshold=threshold)
+            maps.append(logits.flip(-1) if mirror else logits)
+    grid = maps[0].shape[-2:]                                  # of the first scale, the image's own
+    mean = torch.stack([F.interpolate(m, grid, mode="bilinear") for m in maps]).mean(0)
+    return decide(mean, 1, grid, size, classes, threshold=threshold)
 
 
 def measure(student, segmenter, cfg, val, out):
@@ -673,7 +686,7 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     with output_folder(out):
         path = Path(cfg.eval or out / "student.pt")
-        if state and "optimizer" not in state:
+        if state and (cfg.eval or "optimizer" not in state):
             student = load_student(state, segmenter.device)
             print(f"that student is there: measuring {path}")
         else:
@@ -682,7 +695,7 @@ def main(argv=None):
             return                                                      # rank 0 writes and measures
         if val:
             mIoU = measure(student, segmenter, cfg, val, out)
-            if state["mIoU"] is None and not cfg.tta:
+            if state.get("mIoU", 0) is None and not cfg.tta:
                 save(path, state | {"mIoU": mIoU})
         else:
             print(f"no labelled validation images in {folder}: nothing to measure")

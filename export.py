@@ -607,10 +607,11 @@ def export(args):
         fp32, fp16, *int8 = new.values()
         write_onnx(build(student, args.output == "probs"), fp32, meta)
         write_onnx(build(halved(student), args.output == "probs"), fp16, meta)
-        for path in int8:
-            write_int8(fp32, path, subsample(train, 128), meta)
+        for smallest in int8:
+            write_int8(fp32, smallest, subsample(train, 128), meta)
         sessions = {name: open_model(p) for name, p in new.items()}
-        found, results = check(build(student, True), sessions, train, val, names, cfg.label_base)
+        found, results = check(build(student, True), sessions, train, val, names,
+                               state["config"]["label_base"])
         for name, temporary in new.items():
             if val:
                 on = f"{len(subsample(val, CHECKED))} validation images"

@@ -190,7 +190,7 @@ def configure(trained=None, **typed):
         settings |= {"dataset": dataset, "out": f"runs/{place}"}
     else:
         check_trained(Config, trained, typed)
-        settings = trained
+        settings = trained | {"resume": False}
     cfg = Config(**settings | typed)
     refuse_nonsense(cfg)
     return cfg
@@ -316,8 +316,7 @@ def hypothesize(segmenter, images):
 
     if cfg.hypothesis == "windows":
         x = resize_to_fit(images, cfg.size)
-        tops, lefts = ([*range(0, n - cfg.tile, cfg.tile // 2), max(n - cfg.tile, 0)]
-                       for n in x.shape[-2:])
+        tops, lefts = (window_starts(n, cfg.tile, cfg.tile // 2) for n in x.shape[-2:])
         tiles = [x[..., i:i + cfg.tile, j:j + cfg.tile] for i in tops for j in lefts]
         best = [scores(v2.functional.resize(tile, [side, side])).argmax(1) for tile in tiles]
         return torch.stack([F.one_hot(c, len(T)) for c in best]).amax(0).bool()
@@ -541,8 +540,8 @@ def training_data(segmenter, samples):
 
     work = ((sample, [draw(n, k) for k in range(K)]) for sample, n in zip(samples, numbers))
     ready = read_ahead(views, work)
-    for start in tqdm(range(0, N, 16), "dense features", leave=False):
-        group = [*itertools.islice(ready, 16)]
+    for start in tqdm(range(0, N, AT_ONCE), "dense features", leave=False):
+        group = [*itertools.islice(ready, AT_ONCE)]
         rows = slice(start, start + len(group))
         for k in range(K):
             crops, extents = zip(*(of_one[k] for of_one in group))
@@ -725,7 +724,7 @@ def evaluate(predict, samples, names, base=1):
     """
     C, matrices, found, truth = len(names), {}, {}, []
     bar = tqdm(total=len(samples), desc="evaluating", unit="img", leave=False)
-    for batch, images, labels in batches_of_one_size(samples, 16, names, base):
+    for batch, images, labels in batches_of_one_size(samples, AT_ONCE, names, base):
         truth += [torch.isin(torch.arange(C), label) for label in labels]   # C each
         for method, masks in predict(images).items():
             labels = labels.to(masks.device)
@@ -847,6 +846,7 @@ VOID = 255
 SLOWEST = 1000                                          # bytes a second; a slower download gives up
 LARGEST_MASK = 2 ** 23                                           # pixels at which a mask is decided
 LONGEST = 4096                                        # px; training sees larger images at this size
+AT_ONCE = 16                        # images that CLIP sees at once; 32 leave a processor's caches
 LARGEST_BATCH = 2 ** 22                # pixels evaluated at once: 1.7 GB of logits with 100 classes
 
 
@@ -899,8 +899,8 @@ def download(url, md5, path):
 
 
 def unpack(archive, md5, target):
-    """Check a tar or zip against its md5 and unpack it to `target`, which appears whole, with the
-    md5 in a file of that name.
+    """Check a tar or zip against its md5 and unpack it to `target`, which appears whole; its file
+    `md5` says what was unpacked.
 
     Raises UserError, also for a tar's member that would leave the folder; a zip's is not unpacked.
     """
@@ -992,8 +992,8 @@ def dataset_folder(cfg):
     (archive, md5), stamp = files[0], target / "md5"
     same = stamp.is_file() and stamp.read_bytes() == md5.encode()
     if isinstance(archive, Path) and folder.is_dir() and not same:
-        raise UserError(f"{target}: unpacked from another version of {archive.name}; delete it, and "
-                        "start again")
+        raise UserError(f"{target}: was not unpacked from this version of {archive.name}; delete "
+                        "it, and start again")
     if folder.is_dir() and (context.is_dir() or not files[1:]):
         return folder
     root.mkdir(parents=True, exist_ok=True)
@@ -1241,17 +1241,17 @@ def load_label(path, size, classes, base=1, background=VOID):
     return torch.from_numpy(values[label])
 
 
-def read_ahead(read, samples, ahead=32, threads=min(8, os.cpu_count())):
-    """Yield read(sample) of each, in order, while threads read the next ones, `ahead` at most.
+def read_ahead(read, items, ahead=32, threads=min(8, os.cpu_count())):
+    """Yield read(item) of each, in order, while threads read the next ones, `ahead` at most.
 
-    Each computes alone: a team of OpenMP's would wait for its slowest at the end of every small
-    operation. From Python 3.14 on, Executor.map can bound that itself.
+    Each thread computes alone: a team of OpenMP's would wait for its slowest at the end of every
+    small operation. From Python 3.14 on, Executor.map can bound that itself.
     """
     torch.get_num_threads()             # settles the caller's own number, before readers set theirs
     with ThreadPoolExecutor(threads, "reader", torch.set_num_threads, [1]) as pool:
         waiting = collections.deque()
-        for sample in samples:
-            waiting.append(pool.submit(read, sample))
+        for item in items:
+            waiting.append(pool.submit(read, item))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
@@ -1276,9 +1276,15 @@ def subsample(samples, count):
     return samples[::math.ceil(len(samples) / count)]
 
 
+def window_starts(n, side, step):
+    """Where windows of `side` px begin on an axis of n px; the last one ends where that ends."""
+    return [*range(0, n - side, max(1, step)), max(n - side, 0)]
+
+
 def batches_of_one_size(samples, batch, names=(), base=1):
     """Yield (samples, images B×3×H×W uint8, labels B×H×W uint8 or None), each batch of one image
-    size. names, base: as `evaluate`'s; without names no labels are read.
+    size. names, base: as `evaluate`'s; without names no labels are read, and images have `limit`'s
+    size.
 
     No more than 4 · batch images wait for others of their size. A batch ends early at LARGEST_BATCH
     pixels.
@@ -1287,8 +1293,9 @@ def batches_of_one_size(samples, batch, names=(), base=1):
 
     def read(sample):
         image, zero = load_image(sample.image), C if "background" in names else VOID
-        label = load_label(sample.label, image.shape[1:], C, base, zero) if names else None
-        return sample, image, label
+        if not names:
+            return sample, limit(image), None
+        return sample, image, load_label(sample.label, image.shape[1:], C, base, zero)
 
     def stack(group):
         samples, images, labels = zip(*group)
@@ -1315,17 +1322,22 @@ def clip_view(images, side, view):
     return x if view == "whole" else v2.functional.center_crop(x, side)
 
 
-def each_image(compute, samples):
-    """N×.. on the CPU: compute(images B×3×H×W) -> B×.. of every sample."""
+def each_image(compute, samples, about):
+    """[what compute(images B×3×H×W), which gives one thing an image, says of every sample]. about:
+    of the progress bar.
+    """
     found = {}
-    for batch, images, _ in batches_of_one_size(samples, 16):
-        found.update(zip([sample.image for sample in batch], compute(images).cpu()))
-    return torch.stack([found[sample.image] for sample in samples])   # an image may be listed twice
+    with tqdm(total=len(samples), desc=about, unit="img", leave=False) as bar:
+        for batch, images, _ in batches_of_one_size(samples, AT_ONCE):
+            found |= zip([sample.image for sample in batch], compute(images))
+            bar.update(len(batch))
+    return [found[sample.image] for sample in samples]                # an image may be listed twice
 
 
 def hypotheses(segmenter, samples):
     """y: N×C bool, the hypothesis of every sample."""
-    return each_image(functools.partial(hypothesize, segmenter), samples)
+    return torch.stack(each_image(functools.partial(hypothesize, segmenter), samples,
+                                  "hypothesis")).cpu()
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):
@@ -1385,11 +1397,12 @@ def draw_rows(rows, names, classes, boxes=None, titles=None, side=1.5):
     lines = -(-len(classes) // per_line)
     height = len(rows) * side + 0.25 * lines + 0.3
     figure = Figure((columns * side + 1.1, height), layout="constrained")
-    axis = figure.subplots()                 # one, with cells of 1×1: dozens would take a second more
+    axis = figure.subplots()               # one, with cells of 1×1: dozens would take a second more
     for r, images in enumerate(rows.values()):
         for k, image in enumerate(images):
-            (h, w), cell = image.shape[:2], 0.95 / max(image.shape)         # a pixel's side in cells
-            x, y = k - w / 2 * cell, r - h / 2 * cell                       # the corner's place
+            h, w = image.shape[:2]
+            cell = 0.95 / max(h, w)                                         # a pixel's side
+            x, y = k - w / 2 * cell, r - h / 2 * cell                       # the top left corner
             axis.imshow(image, extent=(x, x + w * cell, y + h * cell, y),
                         interpolation="nearest" if max(h, w) < 200 else "antialiased")
             if boxes:
@@ -1417,10 +1430,9 @@ def draw_gallery(predict, samples, names, classes=None, base=1):
     """
     rows, seen, boxes = {}, set(), []
     for k, sample in enumerate(samples):
-        image = load_image(sample.image)
-        _, _, labels = next(batches_of_one_size([sample], 1, names, base))
-        label = labels[0]
-        masks = {method: mask[0].cpu() for method, mask in predict(image[None]).items()}
+        _, images, labels = next(batches_of_one_size([sample], 1, names, base))
+        image, label = images[0], labels[0]
+        masks = {method: mask[0].cpu() for method, mask in predict(images).items()}
         cells = {"image": image.permute(1, 2, 0).numpy(), "ground truth": paint(label, names)}
         cells |= {TITLES.get(m, m): paint(mask, names, pale=label == VOID)
                   for m, mask in masks.items()}
@@ -1977,12 +1989,12 @@ def command_line(config, doc, recipes, argv=None):
     """
     parser = argparse.ArgumentParser(description=doc, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    rows = {dataset: row | row.get(row.get("method"), {}) for dataset, row in recipes.items()}
     for f in fields(config):
         about, choices, several = f.metadata["help"], f.metadata["choices"], typing.get_args(f.type)
         if f.type is bool:
             parser.add_argument(flag(f.name), action="store_true", help=about)
             continue
-        rows = {dataset: row | row.get(row.get("method"), {}) for dataset, row in recipes.items()}
         values = {dataset: row[f.name] for dataset, row in rows.items() if f.name in row}
         if f.default not in (MISSING, ""):
             about += f" (default {f.default})"
@@ -2111,9 +2123,8 @@ def slide(dense, x, patch, cfg):
     dense: from a window to its {method: logits on the grid}. This is the protocol of SCLIP,
     ClearCLIP and NACLIP (window 224, stride 112, short side 336).
     """
-    side, stride = cfg.window, cfg.stride or max(1, cfg.window // 2)
-    tops, lefts = ([*range(0, max(n - side, 0), stride), max(n - side, 0)] for n in x.shape[-2:])
-    total, count = {}, 0
+    side, total, count = cfg.window, {}, 0
+    tops, lefts = (window_starts(n, side, cfg.stride or side // 2) for n in x.shape[-2:])
     for i, j in itertools.product(tops, lefts):
         window = x[..., i:i + side, j:j + side]
         place = j, x.size(-1) - j - window.size(-1), i, x.size(-2) - i - window.size(-2)
@@ -2158,15 +2169,17 @@ def rectify_words(segmenter, words):
 @torch.no_grad()
 def segment(typed):
     """--image: for an image, or each in a folder, the mask (a palette PNG with VOC's values) and an
-    overlay, MaskCLIP's beside the rectified one. Without a run, or by --method maskclip: CLIP alone.
+    overlay, MaskCLIP's beside the rectified one. Without a run, or with --method maskclip: CLIP's.
 
     Nothing is denoised: who names the classes knows that they are there.
     """
-    chosen = {k: v for k, v in typed.items() if k not in ("image", "out", "names", "background")}
-    trained = "out" in typed or any(Path("runs").glob("*/rectify.pt"))
+    other = ("image", "eval", "out", "names", "background")
+    given = typed.get("eval") or "out" in typed and f"{typed['out']}/rectify.pt"
+    trained = given or any(Path("runs").glob("*/rectify.pt"))
     if trained and typed.get("method") != "maskclip":
-        run = Path(typed["out"]) / "rectify.pt" if "out" in typed else newest("rectify.pt")
-        segmenter, out = load_segmenter(run, **chosen), run.parent
+        run = Path(given) if given else newest("rectify.pt")
+        segmenter = load_segmenter(run, **{k: v for k, v in typed.items() if k not in other})
+        out = Path(typed.get("out", run.parent))
         emoji = segmenter.cfg.clip == RECIPES["emoji"]["clip"]
         print(f"segmenting with {run}" + emoji * (
             ", whose CLIP knows emoji only; for photographs --method maskclip takes OpenAI's CLIP"))
@@ -2249,9 +2262,9 @@ def main(argv=None):
             segmenter = Segmenter(cfg, names, device, state and state["T"], background)
             segmenter.stock
         seconds = {}
-        if state and "optimizer" not in state:
+        if state and ("eval" in typed or "optimizer" not in state):
             restore(segmenter, state)
-            print("measuring a complete run")
+            print("measuring", "an interrupted run" if "optimizer" in state else "a complete run")
         elif cfg.method != "maskclip":
             seconds = learn(segmenter, samples, state)
         if RANK == 0:

@@ -32,7 +32,9 @@ def text_features_once():
 
     def remembered(clip, tokenizer, names):
         key = rectify.digest(clip.text), tuple(names)
-        return known[key] if key in known else known.setdefault(key, compute(clip, tokenizer, names))
+        if key not in known:
+            known[key] = compute(clip, tokenizer, names)
+        return known[key]
 
     with mock.patch.object(rectify, "text_features", remembered):
         yield

@@ -181,7 +181,7 @@ def image_scores(segmenter, samples, T):
         x = rectify.clip_view(images, clip.visual.image_size[0], segmenter.cfg.view)
         return segmenter.encode(clip, x, "stock") @ T.T
 
-    return rectify.each_image(scores, samples)
+    return torch.stack(rectify.each_image(scores, samples, "scores")).cpu()
 
 
 def patch_weights(f, T_c, r_ctx):

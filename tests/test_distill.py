@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -302,6 +303,18 @@ def test_a_class_that_the_hypothesis_does_not_name_is_doubted(taught, tmp_path):
     assert (lost[named].abs() < 1e-2).all() and (lost[~named] > 0.1).all()
 
 
+def test_a_class_that_leaves_does_not_change_what_the_penalty_is(taught, tmp_path):
+    """Denoising comes last: its -1e4 is no part of the standard deviation of the logits."""
+    segmenter = rectify.load_segmenter(taught / "rectify.pt", device="cpu")
+    sample, maps = noise_file(tmp_path)[0], []
+    for least in (0.0, 0.3):
+        teacher = distill.Teacher(segmenter, distill.configure(segmenter.cfg, denoise=least))
+        teacher.cache_targets([sample])
+        maps.append(teacher.cache[0][0])
+    stays = (maps[1] > -1e3).all(2).all(1)
+    assert 0 < stays.sum() < len(stays) and torch.equal(maps[0][stays], maps[1][stays])
+
+
 def test_kill_and_resume(taught, tmp_path):
     """kill -9 in the middle, then --resume, which knows the run's own settings: the weights and the
     log of a run that nothing interrupted.
@@ -325,6 +338,23 @@ def test_kill_and_resume(taught, tmp_path):
     assert untimed(whole) == untimed(killed) and len(untimed(whole)) == 12
     with pytest.raises(UserError, match="--seed 2: the checkpoint was trained with 1"):
         distill.main(["--out", str(whole), "--epochs", "12", "--seed", "2", "--resume"])
+
+
+def test_what_was_asked_of_one_measurement_is_not_kept(taught):
+    """--tta and --resume are of the command, not of the student."""
+    segmenter = rectify.load_segmenter(taught / "rectify.pt", device="cpu")
+    trained = asdict(distill.configure(segmenter.cfg, tta=True, resume=True))
+    again = distill.configure(segmenter.cfg, trained)
+    assert not again.tta and not again.resume
+    assert distill.configure(segmenter.cfg, trained, tta=True).tta
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(taught, tmp_path):
+    out = beginner(taught, tmp_path / "run")
+    state = torch.load(taught / "student.pt", weights_only=True)
+    torch.save(state | {"log": [], "optimizer": {"state": {}}}, out / "distill.partial.pt")
+    with pytest.raises(UserError, match="distill.partial.pt: does not fit"):
+        distill.main(["--out", str(out), "--resume"])
 
 
 def test_a_student_of_another_teacher_is_refused(taught, tmp_path):
@@ -375,6 +405,17 @@ def test_flips_and_scales_average_to_a_mask(taught):
     assert mask.shape == (2, 40, 64) and (mask == mirrored.flip(-1)).float().mean() > 0.99
     single = distill.predict_student(net, x, cfg, 20)
     assert (mask != single).any(), "and not what a single look gives"
+
+
+def test_flips_and_scales_keep_the_meaning_of_the_threshold(monkeypatch):
+    """Logits of a mean over looks, not of their sum, make the probability."""
+    logits = torch.tensor([0.5, 0.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4)           # p = 0.62
+    net = lambda x: (logits, None)
+    net.T = torch.zeros(2, 3)
+    cfg = SimpleNamespace(size=(64, 32), tta=True)
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    for threshold, expected in ((0.7, 2), (0.6, 0)):
+        assert (distill.predict_student(net, image, cfg, 2, threshold) == expected).all()
 
 
 @pytest.mark.parametrize("lr, floor, last", [(0.1, 1e-4, 1e-4), (1e-5, 1e-4, 1e-5)])

@@ -255,6 +255,20 @@ def test_the_command_line_bakes_the_threshold_in(taught, photo, tmp_path, capsys
     assert "a probability" in refused(capsys, "--out", tmp_path, "--threshold", "1.5")
 
 
+def test_labels_are_read_as_the_student_read_them(taught, tmp_path, monkeypatch, capsys):
+    """--label-base of distill.py is the student's, which need not be the teacher's."""
+    state, seen = torch.load(taught / "student.pt", weights_only=True), []
+    state["config"]["label_base"] = 0
+    torch.save(state, tmp_path / "student.pt")
+
+    def check(*args):
+        seen.append(args[-1])
+        raise BadInput("enough")
+
+    monkeypatch.setattr(export, "check", check)
+    assert "enough" in refused(capsys, "--out", tmp_path) and seen == [0]
+
+
 def test_paths_from_standard_input_and_several_arguments(exported, mini, tmp_path, monkeypatch, capsys):
     images = sorted((mini / "JPEGImages").iterdir())[:3]
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{path}\n" for path in images)))

@@ -512,6 +512,12 @@ def test_hypothesis_by_windows(seen):
     assert torch.equal(rectify.hypothesize(segmenter, images), expected)
 
 
+@pytest.mark.parametrize("n, side, step, expected", [
+    (10, 4, 2, [0, 2, 4, 6]), (11, 4, 2, [0, 2, 4, 6, 7]), (3, 4, 2, [0]), (3, 1, 0, [0, 1, 2])])
+def test_windows_reach_the_end_of_an_axis(n, side, step, expected):
+    assert rectify.window_starts(n, side, step) == expected
+
+
 def test_augmented_views_say_what_is_padding():
     """A view is crop×crop whatever the image; outside the extent it is black; the seed decides."""
     cfg, image = configure(), noise(3, 60, 150).clamp(min=60)
@@ -909,6 +915,25 @@ def test_eval_repeats_the_numbers_of_the_training_run(trained, tmp_path, method)
     assert report["results"] == trained[method].json["results"]
 
 
+def test_eval_measures_an_interrupted_run_too(copy, tmp_path, monkeypatch):
+    """Nothing is trained; and that the run was to be resumed means nothing for another list."""
+    finish = rectify.finish_epoch
+
+    def interrupt(*args):
+        finish(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rectify, "finish_epoch", interrupt)
+        run(*own(copy, tmp_path / "out", "--resume"))
+    partial, lists = tmp_path / "out/rectify.partial.pt", copy / "ImageSets/Segmentation"
+    before = partial.read_bytes()
+    shutil.copy(lists / "val.txt", lists / "train.txt")
+    printed = run("--eval", partial, "--out", tmp_path / "measured")
+    assert "measuring an interrupted run" in printed and partial.read_bytes() == before
+    assert not (tmp_path / "measured/rectify.pt").exists()
+
+
 def test_eval_takes_its_names_from_the_checkpoint(copy, tmp_path):
     """A names file that changed since the training does not rename or break a checkpoint."""
     run(*own(copy, tmp_path / "out", "--method", "reclip", "--epochs", 1))
@@ -977,6 +1002,7 @@ def test_image_uses_the_newest_run(mini, trained, tmp_path, monkeypatch):
     assert "segmenting with runs/new/rectify.pt, whose CLIP knows emoji only" in printed
     assert (tmp_path / "runs/new/photo.overlay.png").is_file()
     assert not (tmp_path / "runs/old/photo.overlay.png").exists()
+    assert "segmenting with runs/old/" in run("--image", "photo.jpg", "--eval", "runs/old/rectify.pt")
     printed = run("--image", "photo.jpg", "--dataset", "emoji", "--method", "maskclip")
     assert "CLIP alone, not rectified" in printed and (tmp_path / "photo.overlay.png").is_file()
 

@@ -46,8 +46,8 @@ def test_two_processes_learn_what_one_learns(mini, tmp_path):
         out = tmp_path / str(processes)
         printed = start(script, "--dataset", "emoji", "--data", mini, "--names", mini / "names.txt",
                         "--method", "reclip", "--optimizer", "sgd", "--lr", 0.01, "--lr-conv", 0.01,
-                        "--epochs", 3, "--views", 2, "--batch", 3, "--precision", "fp32", "--out", out,
-                        processes=processes)
+                        "--epochs", 3, "--views", 2, "--batch", 3, "--precision", "fp32",
+                        "--out", out, processes=processes)
         assert printed.count("mIoU") == 1 and ("2 processes" in printed) == (processes == 2)
         weights.append(torch.load(out / "rectify.pt", weights_only=True)["rectifier"])
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
