@@ -27,11 +27,11 @@ def fp32():
 
 @pytest.fixture(scope="session", autouse=True)
 def text_features_once():
-    """T is computed once for equal names and an equal text tower: a second in dozens of runs."""
+    """T is computed once for equal names and an equal CLIP: a second in dozens of runs."""
     compute, known = rectify.text_features, {}
 
     def remembered(clip, tokenizer, names):
-        key = rectify.digest(clip.text), tuple(names)
+        key = repr(clip), rectify.digest(clip), *names                      # repr: GELU or QuickGELU
         if key not in known:
             known[key] = compute(clip, tokenizer, names)
         return known[key]

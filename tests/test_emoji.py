@@ -122,5 +122,5 @@ def test_images_of_another_version_are_not_taken_for_these(emoji, tmp_path):
         (tmp_path / "emoji/VOCdevkit/VOC2012").mkdir(parents=True, exist_ok=True)
         if stamp:
             (tmp_path / "emoji/md5").write_text(stamp)
-        with pytest.raises(rectify.UserError, match="emoji: unpacked from another version of"):
+        with pytest.raises(rectify.UserError, match="emoji: was not unpacked from this version"):
             rectify.dataset_folder(old)
