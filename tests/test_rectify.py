@@ -10,6 +10,7 @@ command line.
 import ast
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -873,14 +874,16 @@ def test_figure5_frames_the_objects_farthest_from_the_centre(mini, tmp_path):
     order = sorted(samples, key=lambda s: -most[s.name][0])
     assert len(shown) == 8
     assert all((x[0] == rectify.load_image(s.image)).all() for x, s in zip(shown, order))
-    rows = np.array(figure.axes).reshape(3, 8)                  # image, ground truth, MaskCLIP
-    for column, sample in zip(rows.T, order):
-        size = rectify.load_image(sample.image).shape[1:]
-        y, x = (rectify.load_label(sample.label, size, 20) == most[sample.name][1]).nonzero().T
-        box = [(x.min() - 0.5).item(), (y.min() - 0.5).item(),
-               (x.max() - x.min() + 1).item(), (y.max() - y.min() + 1).item()]
-        for axis in column:
-            assert [[*p.xy, p.get_width(), p.get_height()] for p in axis.patches] == [box, box]
+    (axis,), boxes = figure.axes, []                            # a cell of it is an image
+    for row, (column, sample) in itertools.product(range(3), enumerate(order)):
+        h, w = rectify.load_image(sample.image).shape[1:]
+        y, x = (rectify.load_label(sample.label, (h, w), 20) == most[sample.name][1]).nonzero().T
+        side = 0.95 / max(h, w)                                             # of a pixel
+        left, top = column - w / 2 * side, row - h / 2 * side
+        boxes += 2 * [(left + x.min() * side, top + y.min() * side,
+                       (x.max() - x.min() + 1) * side, (y.max() - y.min() + 1) * side)]
+    found = [(*p.xy, p.get_width(), p.get_height()) for p in axis.patches]
+    assert np.allclose(found, boxes) and len(axis.images) == 24
     rectify.save_figure(figure, tmp_path / "figure5.png")
     with Image.open(tmp_path / "figure5.png") as page:
         blue = (np.asarray(page.convert("RGB")) == (0, 0, 255)).all(-1)

@@ -9,6 +9,7 @@ import importlib.util
 import io
 import itertools
 import os
+import re
 import shutil
 import signal
 import socketserver
@@ -53,7 +54,7 @@ def refusal(capsys):
         with pytest.raises(SystemExit) as end:
             rectify.run(lambda: main([*map(str, argv)]) if argv else main())
         *before, line, rest = capsys.readouterr().err.split("\n")
-        line = line.split("\r")[-1]                                     # progress bars end in it
+        line = re.split(r"\r|\x1b\[A", line)[-1]                        # progress bars end in them
         assert (end.value.code, rest) == (2, "") and line.startswith("error: ")
         assert line.isprintable() and not any("error" in text for text in before)
         return line
