@@ -133,8 +133,8 @@ def configure(teacher, trained=None, /, **typed):
             (by_folder and not cfg.eval and not Path(cfg.teacher).is_dir(),
              f"--teacher {cfg.teacher}: neither {', '.join(METHODS)} nor a folder of masks"),
             (by_folder and Path(cfg.teacher).resolve().name in ("", "maskclip"),
-             f"--teacher {cfg.teacher}: names its student's folder, and that would be "
-             "MaskCLIP+'s or the run's own; rename it"),
+             f"--teacher {cfg.teacher}: the student's folder would take its name, which is "
+             "MaskCLIP+'s or none; give a folder of another name"),
             (cfg.epochs < 1 or cfg.batch < WORLD,
              f"--epochs starts at 1, and --batch at {WORLD}, an image for each process"),
             (max(cfg.lr, cfg.width) >= 1e6, "--lr and --width must be below a million"),
@@ -180,6 +180,7 @@ class Teacher:
         Ours, for better pseudo-labels: the image has the size of rectify.py's recipe, the logits
         are smoothed over 3×3 patches, and a class that the hypothesis does not name loses `penalty`
         standard deviations of the logits, which leaves it a chance where the hypothesis is wrong.
+        Denoising comes last, so that its -1e4 is no part of that deviation.
         Cost: 3·N passes of CLIP, N·(C + D)·h·w·2 bytes in every process, since any may need any
         image.
         """
@@ -422,7 +423,7 @@ def train(student, teacher, samples, cfg, fixed, out, state=None):
     the folder `out`.
 
     teacher: a Teacher, or None where the masks lie in the folder cfg.teacher. Of several processes
-    each takes its part of every batch; a last one with less than an image for each is left out.
+    each takes its part of every batch; a last batch with fewer images than processes is left out.
     fixed: what every checkpoint of this student holds. state: the checkpoint of an interrupted run
     to go on with.
     """
@@ -435,7 +436,7 @@ def train(student, teacher, samples, cfg, fixed, out, state=None):
     schedule = PolyLRScheduler(optimizer, cfg.epochs * steps, power=0.9, t_in_epochs=False,
                                lr_min=min(cfg.floor, cfg.lr))
     weights = {"mask": cfg.mask_weight, "feature": cfg.feature_weight, "text": cfg.text_weight}
-    log = resume(student, optimizer, state, cfg) if state else []
+    log = resume(student, optimizer, state, cfg, out) if state else []
     if teacher and cfg.targets == "once" and teacher.cache is None:
         teacher.cache_targets(samples)
     model = wrap_ddp(student)
@@ -449,10 +450,10 @@ def train(student, teacher, samples, cfg, fixed, out, state=None):
         prepare_batch = lambda i: training_batch(
             teacher, [*itertools.islice(examples, len(i))], cfg, device)
         student.train()
-        # The next batch is made while the student steps, in one thread, since it draws random
-        # numbers; not where CLIP sees every crop on a CPU: that wants all cores.
-        alone = teacher and not teacher.cache and device.type == "cpu"
-        ready = map(prepare_batch, own) if alone else read_ahead(prepare_batch, own, 1, threads=1)
+        # The next batch is made while the student steps, by one thread, since it draws random
+        # numbers. Where CLIP sees every crop on a CPU it is made in between, on all cores.
+        ahead = not teacher or teacher.cache or device.type == "cuda"
+        ready = read_ahead(prepare_batch, own, 1, threads=1) if ahead else map(prepare_batch, own)
         for k, (whole, i, (x, label, f)) in enumerate(zip(batches, own, ready)):
             schedule.step_update(epoch * steps + k)
             share = len(i) * WORLD / len(whole)
@@ -495,7 +496,7 @@ def check_masks(folder, samples, classes):
         raise UserError(f"{folder}: {len(missing)} of {len(samples)} training images have no mask; "
                         f"first {missing[0]}.png")
     fits = lambda s: load_label(folder / f"{s.name}.png", load_image(s.image).shape[1:], classes)
-    for _ in tqdm(read_ahead(fits, samples), "checking masks", len(samples), leave=False):
+    for _ in tqdm(read_ahead(fits, samples), "checking masks", len(samples), False, unit="img"):
         pass
 
 
@@ -516,18 +517,18 @@ def load_student(state, device="cpu"):
                             width=config["width"])
         student.load_state_dict(weights)
     except (KeyError, RuntimeError, TypeError):
-        raise UserError("student.pt: its weights do not fit its settings; make it again with "
+        raise UserError("the student's weights do not fit its settings; make it again with "
                         "`python distill.py`")
     return student.eval().to(device)
 
 
-def resume(student, optimizer, state, cfg):
+def resume(student, optimizer, state, cfg, out):
     """Take all of an interrupted run from its checkpoint; returns its log, one entry per epoch."""
     try:
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
     except (KeyError, RuntimeError, TypeError, ValueError):
-        raise UserError("distill.partial.pt: does not fit its settings; leave out --resume")
+        raise UserError(f"{out}/distill.partial.pt: does not fit its settings; leave out --resume")
     print(f"resuming after epoch {len(state['log'])} of {cfg.epochs}")
     return state["log"]
 
@@ -688,7 +689,7 @@ def main(argv=None):
         path = Path(cfg.eval or out / "student.pt")
         if state and (cfg.eval or "optimizer" not in state):
             student = load_student(state, segmenter.device)
-            print(f"that student is there: measuring {path}")
+            print(f"measuring {path}, {'interrupted' if 'optimizer' in state else 'complete'}")
         else:
             student, state = learn(cfg, segmenter, samples, out, state)
         if RANK > 0:

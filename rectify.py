@@ -168,7 +168,7 @@ class Config:
     precision: str = option("of CLIP's image tower; auto: bf16 where the hardware has it",
                             ["auto", "fp32", "bf16"], "auto", free=True)
     resume: bool = option("go on with the interrupted run in --out", None, False, free=True)
-    eval: str = option("measure this checkpoint instead of training", None, "", free=True)
+    eval: str = option("measure this checkpoint, or segment --image by it", None, "", free=True)
     image: str = option("segment this image, or all in this folder", None, "", free=True)
 
 
@@ -846,7 +846,7 @@ VOID = 255
 SLOWEST = 1000                                          # bytes a second; a slower download gives up
 LARGEST_MASK = 2 ** 23                                           # pixels at which a mask is decided
 LONGEST = 4096                                        # px; training sees larger images at this size
-AT_ONCE = 16                        # images that CLIP sees at once; 32 leave a processor's caches
+AT_ONCE = 16                        # images that CLIP sees at once; 32 overflow a CPU's caches
 LARGEST_BATCH = 2 ** 22                # pixels evaluated at once: 1.7 GB of logits with 100 classes
 
 
@@ -1277,7 +1277,8 @@ def subsample(samples, count):
 
 
 def window_starts(n, side, step):
-    """Where windows of `side` px begin on an axis of n px; the last one ends where that ends."""
+    """Where windows of `side` px begin on an axis of n px; the last ends with it; one if n is less.
+    """
     return [*range(0, n - side, max(1, step)), max(n - side, 0)]
 
 
@@ -1323,8 +1324,9 @@ def clip_view(images, side, view):
 
 
 def each_image(compute, samples, about):
-    """[what compute(images B×3×H×W), which gives one thing an image, says of every sample]. about:
-    of the progress bar.
+    """A list, for every sample the result of compute(images B×3×H×W), which gives B of them.
+
+    about: the progress bar's label.
     """
     found = {}
     with tqdm(total=len(samples), desc=about, unit="img", leave=False) as bar:
@@ -1430,10 +1432,9 @@ def draw_gallery(predict, samples, names, classes=None, base=1):
     """
     rows, seen, boxes = {}, set(), []
     for k, sample in enumerate(samples):
-        _, images, labels = next(batches_of_one_size([sample], 1, names, base))
-        image, label = images[0], labels[0]
+        _, images, (label,) = next(batches_of_one_size([sample], 1, names, base))
         masks = {method: mask[0].cpu() for method, mask in predict(images).items()}
-        cells = {"image": image.permute(1, 2, 0).numpy(), "ground truth": paint(label, names)}
+        cells = {"image": images[0].permute(1, 2, 0).numpy(), "ground truth": paint(label, names)}
         cells |= {TITLES.get(m, m): paint(mask, names, pale=label == VOID)
                   for m, mask in masks.items()}
         for title, cell in cells.items():
@@ -2176,8 +2177,8 @@ def segment(typed):
     other = ("image", "eval", "out", "names", "background")
     given = typed.get("eval") or "out" in typed and f"{typed['out']}/rectify.pt"
     trained = given or any(Path("runs").glob("*/rectify.pt"))
-    if trained and typed.get("method") != "maskclip":
-        run = Path(given) if given else newest("rectify.pt")
+    if "eval" in typed or trained and typed.get("method") != "maskclip":
+        run = Path(given or newest("rectify.pt"))
         segmenter = load_segmenter(run, **{k: v for k, v in typed.items() if k not in other})
         out = Path(typed.get("out", run.parent))
         emoji = segmenter.cfg.clip == RECIPES["emoji"]["clip"]
@@ -2186,9 +2187,11 @@ def segment(typed):
     else:
         print("CLIP alone, not rectified")
         wanted = {"dataset": "voc"} | typed | {"method": "maskclip"}
-        cfg, out = configure(**{k: v for k, v in wanted.items() if k != "image"}), Path(".")
+        cfg = configure(**{k: v for k, v in wanted.items() if k != "image"})
+        out = Path(typed.get("out", "."))
         names, background = class_names(cfg), background_words(cfg)
         segmenter = Segmenter(cfg, names, pick_device(cfg), background=background)
+    out.mkdir(parents=True, exist_ok=True)
     cfg, patch = segmenter.cfg, segmenter.clip.visual.patch_size[0]
     names, background = segmenter.names, segmenter.background
     if typed.keys() & {"names", "background"}:

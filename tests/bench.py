@@ -216,7 +216,8 @@ def bench(sizes, device, folder):
 
     def student_steps():
         make = lambda _: distill.training_batch(teacher, batch, course, device)
-        for x, label, f in rectify.read_ahead(make, range(steps), ahead=1, threads=1):
+        ready = rectify.read_ahead(make, range(steps), 1, threads=1) if gpu else map(make, range(steps))
+        for x, label, f in ready:                                           # as distill.train
             distill.step(student, descent, x, label, f, weights)
 
     epoch = lambda learner: rectify.train(learner, data, N, folder)

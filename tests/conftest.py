@@ -31,7 +31,7 @@ def text_features_once():
     compute, known = rectify.text_features, {}
 
     def remembered(clip, tokenizer, names):
-        key = repr(clip), rectify.digest(clip), *names                      # repr: GELU or QuickGELU
+        key = clip.logit_scale.device, rectify.digest(clip), repr(clip), *names  # repr: which GELU
         if key not in known:
             known[key] = compute(clip, tokenizer, names)
         return known[key]

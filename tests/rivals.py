@@ -496,11 +496,12 @@ def masks(segmenter, dense, images):
 
 def write_masks(segmenter, dense, samples, folder):
     """The masks of samples as folder/<name>.png, with VOC's values, as distill.py reads them."""
-    for group, images, _ in rectify.batches_of_one_size(samples, 16):
-        for sample, mask in zip(group, masks(segmenter, dense, images).cpu()):
-            path = folder / f"{sample.name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            rectify.write_mask(mask, len(segmenter.names), path)
+    images = rectify.read_ahead(lambda sample: rectify.load_image(sample.image), samples)
+    for sample, image in zip(samples, images):
+        path = folder / f"{sample.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mask = masks(segmenter, dense, image[None])[0].cpu()
+        rectify.write_mask(mask, len(segmenter.names), path)
 
 
 def reclip(argv, out):

@@ -1005,7 +1005,8 @@ def test_image_uses_the_newest_run(mini, trained, tmp_path, monkeypatch):
     assert "segmenting with runs/new/rectify.pt, whose CLIP knows emoji only" in printed
     assert (tmp_path / "runs/new/photo.overlay.png").is_file()
     assert not (tmp_path / "runs/old/photo.overlay.png").exists()
-    assert "segmenting with runs/old/" in run("--image", "photo.jpg", "--eval", "runs/old/rectify.pt")
+    chosen = ("--image", "photo.jpg", "--eval", "runs/old/rectify.pt", "--out", "masks")
+    assert "segmenting with runs/old/" in run(*chosen) and Path("masks/photo.mask.png").is_file()
     printed = run("--image", "photo.jpg", "--dataset", "emoji", "--method", "maskclip")
     assert "CLIP alone, not rectified" in printed and (tmp_path / "photo.overlay.png").is_file()
 
