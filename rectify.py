@@ -13,7 +13,7 @@ alone, subtracts them, and measures what that gains.
     torchrun --nproc-per-node 4 rectify.py --dataset ade                    # several GPUs
 
 The first two give ReCLIP++ 54.0 ± 1.2 and ReCLIP 43.9 ± 0.5 mIoU over seeds 0, 1, 2; MaskCLIP,
-which is CLIP untrained, has 39.2. Each takes two minutes of processor time (README: which one).
+which is CLIP untrained, has 39.2. Each takes two minutes of one core, a minute of two.
 
 Read it from top to bottom: 1 recipes and configuration, 2 CLIP, 3 the method, 4 training,
 5 prediction. Below the ruler stands what serves the method: 6 metric, 7 datasets, 8 images,
