@@ -689,7 +689,8 @@ def main(argv=None):
         path = Path(cfg.eval or out / "student.pt")
         if state and (cfg.eval or "optimizer" not in state):
             student = load_student(state, segmenter.device)
-            print(f"measuring {path}, {'interrupted' if 'optimizer' in state else 'complete'}")
+            kind = "an interrupted" if "optimizer" in state else "a complete"
+            print(f"measuring {kind} student, {path}")
         else:
             student, state = learn(cfg, segmenter, samples, out, state)
         if RANK > 0:

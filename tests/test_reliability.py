@@ -349,7 +349,7 @@ def test_a_copied_run_needs_no_file_times(own, run, capsys):
     rectify.main([*learning(own / "photos"), "--out", str(run), "--resume"])
     assert "measuring a complete run" in capsys.readouterr().out
     distill.main(["--out", str(run), "--epochs", "1", "--resume"])
-    assert "that student is there" in capsys.readouterr().out
+    assert "measuring a complete student" in capsys.readouterr().out
 
 
 def test_a_student_does_not_resume_with_another_list_of_images(own, run, photo, monkeypatch,
