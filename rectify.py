@@ -2185,7 +2185,7 @@ def segment(typed):
         print(f"segmenting with {run}" + emoji * (
             ", whose CLIP knows emoji only; for photographs --method maskclip takes OpenAI's CLIP"))
     else:
-        print("CLIP alone, not rectified")
+        print("nothing was trained under runs/: " * (not trained) + "CLIP alone, not rectified")
         wanted = {"dataset": "voc"} | typed | {"method": "maskclip"}
         cfg = configure(**{k: v for k, v in wanted.items() if k != "image"})
         out = Path(typed.get("out", "."))

@@ -994,7 +994,7 @@ def test_image_uses_the_newest_run(mini, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(rectify.list_samples(mini, "val")[0].image, "photo.jpg")
     printed = run("--image", "photo.jpg", "--dataset", "emoji")
-    assert "CLIP alone, not rectified" in printed
+    assert "nothing was trained under runs/: CLIP alone, not rectified" in printed
     for made in ("photo.mask.png", "photo.overlay.png"):
         (tmp_path / made).unlink()
     for age, name in [(100, "old"), (0, "new")]:
@@ -1008,7 +1008,8 @@ def test_image_uses_the_newest_run(mini, trained, tmp_path, monkeypatch):
     chosen = ("--image", "photo.jpg", "--eval", "runs/old/rectify.pt", "--out", "masks")
     assert "segmenting with runs/old/" in run(*chosen) and Path("masks/photo.mask.png").is_file()
     printed = run("--image", "photo.jpg", "--dataset", "emoji", "--method", "maskclip")
-    assert "CLIP alone, not rectified" in printed and (tmp_path / "photo.overlay.png").is_file()
+    assert "CLIP alone, not rectified" in printed and "nothing was trained" not in printed
+    assert (tmp_path / "photo.overlay.png").is_file()
 
 
 # =========================================================================================== images

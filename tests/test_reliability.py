@@ -9,7 +9,6 @@ import importlib.util
 import io
 import itertools
 import os
-import re
 import shutil
 import signal
 import socketserver
@@ -50,11 +49,13 @@ def refusal(capsys):
     exit code 2.
     """
     def refuse(main, *argv):
+        for bar in list(rectify.tqdm._instances):       # of runs that earlier tests interrupted
+            bar.close()
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             rectify.run(lambda: main([*map(str, argv)]) if argv else main())
         *before, line, rest = capsys.readouterr().err.split("\n")
-        line = re.split(r"\r|\x1b\[A", line)[-1]                        # progress bars end in them
+        line = line.split("\r")[-1]                                     # progress bars end in it
         assert (end.value.code, rest) == (2, "") and line.startswith("error: ")
         assert line.isprintable() and not any("error" in text for text in before)
         return line
