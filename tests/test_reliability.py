@@ -28,6 +28,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from tqdm import tqdm
 
 import distill
 import rectify
@@ -49,7 +50,7 @@ def refusal(capsys):
     exit code 2.
     """
     def refuse(main, *argv):
-        for bar in list(rectify.tqdm._instances):       # of runs that earlier tests interrupted
+        for bar in list(tqdm._instances):       # of runs that earlier tests interrupted
             bar.close()
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
