@@ -85,7 +85,8 @@ RECIPES = {
                tile=96, t=0.2, top_k=1, prompt="per-class", start="ours", optimizer="adam", lr=1e-2,
                lr_conv=3e-3, weight_decay=0.0, epochs=8, batch=16, views=2, ring=10),
         "reclip": dict(alpha=100.0, sharpness=100.0, denoise=0.0),
-        "reclip++": dict(alpha=100.0, sharpness=10.0, denoise=0.0)},
+        # alpha: the decoder's logits have unit variance; at 100 they leave Gumbel's noise no say
+        "reclip++": dict(alpha=10.0, sharpness=10.0, denoise=0.0)},
     # lr: the released 0.01 belongs to batch 1, here scaled to the batch. tile: a sixth of the crop.
     "voc": {
         **dict(PAPER, size=(2048, 512), crop=520, tile=86, t=0.23, top_k=2, epochs=200, batch=12,
