@@ -65,6 +65,7 @@ VARIANTS = {
     "main": lambda dataset: BOTH,
     "readings": lambda dataset: {
         **BOTH,
+        "ReCLIP++, α = 100": BOTH["ReCLIP++"] | dict(alpha=100.0),
         "ReCLIP, one prompt for all classes": RECLIP | dict(prompt="shared"),
         "ReCLIP, unit rows of R": RECLIP | dict(norm="rows"),
         "ReCLIP, without the space term P": RECLIP | dict(space="off"),
