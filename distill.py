@@ -28,11 +28,11 @@ from pathlib import Path
 
 # before torch, for which it sets GOMP_SPINCOUNT
 from rectify import (
-    HERE, RANK, VOID, WORLD, PhotometricDistort, UserError, check_trained, command_line,
+    EXPORTED, HERE, RANK, VOID, WORLD, PhotometricDistort, UserError, check_trained, command_line,
     contrastive_loss, dataset_folder, decide, denoise, digest, each_image, epoch_order, evaluate,
     figure4, figure5, flag, hypothesize, in_bf16, list_digest, list_files, load_checkpoint,
     load_image, load_label, load_segmenter, newest, option, output_folder, predictor, print_table,
-    rank_zero_first, read_ahead, refuse_odd_numbers, resize_to_fit, run, save, save_figure,
+    rank_zero_first, read_ahead, refuse_odd_numbers, remove, resize_to_fit, run, save, save_figure,
     similarity, splits, tqdm, versions, wrap_ddp, write_text)
 
 import timm
@@ -164,8 +164,10 @@ class Teacher:
         The image is resized to whole patches, so that the maps cover just what the image covers.
         """
         segmenter, patch = self.segmenter, self.segmenter.clip.visual.patch_size[0]
+        clip = segmenter.frozen if self.R is None else segmenter.clip
         whole = [max(1, round(n / patch)) * patch for n in images.shape[-2:]]
-        f = segmenter.features(v2.functional.resize(images, whole))
+        x = v2.functional.resize(images, whole)
+        f = segmenter.encode(clip, x, segmenter.cfg.attention)
         return similarity(f, segmenter.T) if self.R is None else segmenter.rectified(f, self.R), f
 
     def __call__(self, images):
@@ -585,11 +587,14 @@ def measure(student, segmenter, cfg, val, out):
     if cfg.teacher != "maskclip" and plus.is_file():
         state = load_checkpoint(plus, "student")
         same = ("epochs", "batch", "lr", "backbone", "width")
-        as_here = all(state["config"][k] == getattr(cfg, k) for k in same)
-        if state["names"] == segmenter.names and as_here:
+        eyes = ("recipe", "clip", "pretrained", "normalization", "attention", "size")
+        if (all(state["config"].get(k) == getattr(cfg, k) for k in same)
+                and all(state.get("rectify", {}).get(k) == getattr(segmenter.cfg, k) for k in eyes)
+                and state["names"] == segmenter.names and state.get("images") == segmenter.images):
             students["maskclip+"] = load_student(state, segmenter.device)
         else:
-            print(f"{plus}: has other classes or another schedule than this student; left out")
+            print(f"{plus}: has other classes, images, CLIP or schedule than this student; "
+                  "left out")
     students["student"] = student
     rectified, C, p = predictor(segmenter), len(segmenter.names), segmenter.cfg.threshold
     names, base = segmenter.classes, cfg.label_base
@@ -610,6 +615,8 @@ def measure(student, segmenter, cfg, val, out):
 def find_checkpoint(typed):
     """The rectify.pt to go on with: --out's, --dataset's, or the newest. Raises UserError."""
     if "eval" in typed:                          # MaskCLIP+ and others lie in a folder of their own
+        if "out" in typed:
+            raise UserError("--out: --eval measures in the student's own folder; leave out --out")
         home = Path(typed["eval"]).parent
         return (home if (home / "rectify.pt").is_file() else home.parent) / "rectify.pt"
     if not typed.keys() & {"out", "dataset"}:
@@ -640,11 +647,12 @@ def learn(cfg, segmenter, samples, out, state):
           f"{len(names)} classes, {segmenter.device}")
     fixed = {"config": asdict(cfg), "names": names, "background": segmenter.background,
              "rectify": asdict(segmenter.cfg), "taught_by": digest(segmenter.rectifier),
-             "images": list_digest(samples)}
+             "images": segmenter.images}
     train(student, teacher, samples, cfg, fixed, out, state)
     state = fixed | {"student": student.state_dict(), "mIoU": None}
     if RANK == 0:
         save(out / "student.pt", state)
+        remove(out, EXPORTED, "student")
         (out / "distill.partial.pt").unlink()
     return student, state
 
@@ -680,8 +688,9 @@ def main(argv=None):
         segmenter = load_segmenter(checkpoint, out=str(checkpoint.parent), **chosen)
         folder = dataset_folder(segmenter.cfg)
     samples, val = splits(folder)
+    segmenter.images = list_digest(samples)
     cfg, out, state = open_student(segmenter, typed)
-    if cfg.resume and state and state.get("images") != list_digest(samples):
+    if cfg.resume and state and state.get("images") != segmenter.images:
         raise UserError(f"{folder}: its list of training images changed since {out} was "
                         "trained; leave out --resume")
     torch.manual_seed(cfg.seed)

@@ -443,16 +443,16 @@ def first_line(error):
 def list_images(arguments):
     """(paths, whether masks go to a folder) of --image: files, folders, or - for standard input."""
     many = len(arguments) > 1 or arguments == ["-"] or Path(arguments[0]).is_dir()
-    paths = sys.stdin.read().splitlines() if arguments == ["-"] else arguments
+    lines = filter(str.strip, sys.stdin.read().splitlines() if arguments == ["-"] else arguments)
     images = []
-    for path in map(Path, paths):
+    for path in map(Path, lines):                                           # none of them blank
         inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()
                         ) if path.is_dir() else [path]
         if not inside:
             raise BadInput(f"{path}: holds no images ({' '.join(sorted(SUFFIXES))})")
         images += inside
     if not images:
-        raise BadInput("--image -: standard input names no images")
+        raise BadInput("--image: names no images")
     return images, many
 
 
@@ -578,14 +578,15 @@ def write_page(model, folder, ort=""):
 
 def export(args):
     """Write the files, after checking them. Raises BadInput, or rectify.UserError."""
-    from distill import load_student
-    from rectify import (colour, configure, dataset_folder, load_checkpoint, newest, output_folder,
-                         splits, subsample, versions, write_text)
+    from distill import Config, load_student
+    from rectify import (check_trained, colour, configure, dataset_folder, load_checkpoint, newest,
+                         output_folder, splits, subsample, versions, write_text)
 
     folder = args.out or (args.dataset and f"runs/{args.dataset}")
     path = Path(folder) / "student.pt" if folder else newest("student.pt")
     print(f"exporting {path}")
     state = load_checkpoint(path, "student")
+    check_trained(Config, state["config"], {})
     student, cfg, out = load_student(state), configure(state["rectify"]), path.parent
     names = [name.split(", ")[0] for name in state["names"]]                # without synonyms
     train, val = splits(dataset_folder(cfg))
@@ -622,7 +623,7 @@ def export(args):
     for name in of_earlier:
         (out / name).unlink(missing_ok=True)
     if val:
-        own = f"; at their own shape (distill.py): {state['mIoU']:.2f}" if state["mIoU"] else ""
+        own = f"; at their own shape (distill.py): {state['mIoU']:.2f}" if state.get("mIoU") else ""
         print(f"PyTorch, images stretched to {inner}×{inner}: "
               f"mIoU {results['pytorch']['mIoU']:.2f}{own}")
     report = {"results": results, "check": found, "config": vars(args) | {"inner": inner},
@@ -669,6 +670,10 @@ def main(argv=None):
     try:
         if args.image and not args.run or args.run and not (args.image or args.web):
             raise BadInput("--run FILE and --image IMAGE (or --web FOLDER) go together")
+        baked = ("dataset", "out", "inner", "threshold", "output", "int8")
+        typed = [name for name in baked if getattr(args, name) != parser.get_default(name)]
+        if args.run and typed:
+            raise BadInput(f"--{typed[0]} is for writing a file; {args.run} has its own")
         if not args.run:
             return export_or_explain(args)
         if args.image:

@@ -188,6 +188,7 @@ def configure(trained=None, **typed):
         settings |= REGIME_2024 if typed.get("recipe") else {}
         settings |= {"pretrained": ""} if "clip" in typed else {}      # another CLIP, other weights
         place = Path(typed["data"]).resolve().name if typed.get("data") else dataset
+        place += "-maskclip" * (typed.get("method") == "maskclip")  # a trained run's files stay
         settings |= {"dataset": dataset, "out": f"runs/{place}"}
     else:
         check_trained(Config, trained, typed)
@@ -453,6 +454,12 @@ class Segmenter(nn.Module):
         titles = [name.split(", ")[0] for name in self.names]
         return titles + ["background"] * bool(self.background or self.cfg.threshold)
 
+    @property
+    def sharpness(self):
+        """{method: scale of its logits before a softmax}. MaskCLIP's are cosines, as ReCLIP's."""
+        cosines = RECIPES[self.cfg.dataset]["reclip"]["sharpness"]
+        return {"maskclip": cosines, self.cfg.method: self.cfg.sharpness}
+
     @functools.cached_property
     def stock(self):
         """(CLIP, T) of the hypothesis: CLIP as its weights were trained, in either regime."""
@@ -660,15 +667,18 @@ def predictor(segmenter):
         baseline = segmenter.encode(segmenter.frozen, x, cfg.attention) if cfg.finetune else f
         logits = {"maskclip": similarity(baseline, segmenter.T)}
         if segmenter.rectifier:
-            logits[cfg.method] = denoise(segmenter.rectified(f, R), cfg.sharpness, cfg.denoise)
+            logits[cfg.method] = segmenter.rectified(f, R)
         return logits
 
     @torch.no_grad()
     def predict(images):
         x = resize_to_fit(images.to(segmenter.device), cfg.size)
-        logits, step = (slide(dense, x, patch, cfg), 1) if cfg.window else (dense(x), patch)
+        logits, step = slide(dense, x, patch, cfg)
+        if segmenter.rectifier:
+            logits[cfg.method] = denoise(logits[cfg.method], cfg.sharpness, cfg.denoise)
         return {name: decide(l, step, x.shape[-2:], images.shape[-2:], len(segmenter.names),
-                             cfg.sharpness, cfg.threshold) for name, l in logits.items()}
+                             segmenter.sharpness[name], cfg.threshold)
+                for name, l in logits.items()}
 
     return predict
 
@@ -840,9 +850,10 @@ DATASETS = {
             "ADEChallengeData2016", ADE_NAMES)}
 MASK_ENDINGS = ("_mask", "_masks", "_label", "_labels", "_gt", "_seg", ".mask", ".overlay")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-MADE = {"student.pt", "student.onnx", "student.fp16.onnx", "student.int8.onnx", "distill.json",
-        "distill.partial.pt", "export.json", "figure1a.png", "figure4.png", "figure5.png",
-        "rectify.json", "bench.png", "bench.json"}
+EXPORTED = {"student.onnx", "student.fp16.onnx", "student.int8.onnx", "export.json", "bench.png",
+            "bench.json"}
+MADE = EXPORTED | {"student.pt", "distill.json", "distill.partial.pt", "rectify.json",
+                   "figure1a.png", "figure4.png", "figure5.png"}
 VOID = 255
 SLOWEST = 1000                                          # bytes a second; a slower download gives up
 LARGEST_MASK = 2 ** 23                                           # pixels at which a mask is decided
@@ -1060,9 +1071,10 @@ def class_names(cfg):
     return names
 
 
-def background_words(cfg):
+def background_words(cfg, names=None):
     """The words that stand for none of the classes: --background's, or those of a line "background:
     sky, wall" of --names. field: VOC21's of SCLIP's protocol. first: the first line of --names.
+    names: the classes, where they are not cfg's.
     """
     lines = [line.partition(":")[2] for line in name_lines(cfg)
              if line.lower().startswith("background:")]
@@ -1070,7 +1082,7 @@ def background_words(cfg):
         lines = name_lines(cfg)[:1]
     elif cfg.background:
         lines = [VOC_BACKGROUND if cfg.background == "field" else cfg.background]
-    own = {word for name in class_names(cfg) for word in name.split(", ")}
+    own = {word for name in names or class_names(cfg) for word in name.split(", ")}
     words = [word.strip() for line in lines for word in line.split(",")]
     return [word for word in words if word and word not in own]
 
@@ -1080,7 +1092,8 @@ def list_samples(folder, split):
     before VOC's), those of images/ and annotations/ in ADE20K's layout, else every image in the
     folder, without labels.
 
-    Images meet their labels by name. A plain folder is all train and no val. Raises UserError.
+    Images meet their labels by name; a training image may have none, it needs none. A plain folder
+    is all train and no val. Raises UserError.
     """
     kind = "Context" if (folder / "ImageSets/SegmentationContext").is_dir() else ""
     where, labels = folder / "JPEGImages", folder / f"SegmentationClass{kind}"
@@ -1106,8 +1119,10 @@ def list_samples(folder, split):
         images, index = find_images(where), where
         names = list(images)
     labelled = labels is not None and labels.is_dir()
+    label = lambda name: labels / f"{name}.png"
+    needed = lambda name: labelled and (split == "val" or label(name).is_file())
     samples = [Sample(name, images.get(name, where / f"{name}.jpg"),
-                      labels / f"{name}.png" if labelled else None) for name in names]
+                      label(name) if needed(name) else None) for name in names]
     for path in [p for s in samples for p in (s.image, s.label) if p and not p.is_file()]:
         raise UserError(f"{path}: missing, though {index} lists it; restore it or take it off the "
                         "list")
@@ -1956,6 +1971,8 @@ def refuse_nonsense(cfg):
             (cfg.epochs < 1, f"--epochs {cfg.epochs}: starts at 1"),
             (max(cfg.lr, cfg.lr_conv) >= 1e6, "--lr and --lr-conv must be below a million"),
             (not 0 <= cfg.threshold < 1, f"--threshold {cfg.threshold}: a probability, from 0 on"),
+            (0 < cfg.window < cfg.stride, f"--stride {cfg.stride}: leaves gaps between windows of "
+             f"{cfg.window} px; give at most --window"),
             (cfg.recipe and cfg.dataset == "emoji", "--recipe 2024 is not for Emoji VOC"),
             (cfg.recipe and cfg.clip != REGIME_2024["clip"],
              f"--clip {cfg.clip}: --recipe 2024 means {REGIME_2024['clip']}; leave out --clip"),
@@ -2031,18 +2048,21 @@ def versions():
 def open_run(typed):
     """(Config, checkpoint or None) of the run to evaluate, resume or begin. Raises UserError."""
     if "eval" in typed:
-        state = load_checkpoint(typed["eval"])
-        return configure(state["config"], **{"out": str(Path(typed["eval"]).parent)} | typed), state
-    out = Path(typed.get("out") or configure(**typed).out)
-    kept = [out / "rectify.partial.pt", out / "rectify.pt"] if "resume" in typed else []
-    kept = [path for path in kept if path.is_file()]
+        kept = [Path(typed["eval"])]
+        typed = {"out": str(kept[0].parent)} | typed
+    else:
+        out = Path(typed.get("out") or configure(**typed).out)
+        kept = [out / "rectify.partial.pt", out / "rectify.pt"] if "resume" in typed else []
+        kept = [path for path in kept if path.is_file()]
     if not kept:
         return configure(**typed), None
     state = load_checkpoint(kept[0])
     cfg = configure(state["config"], **typed)
+    if "eval" in typed and not typed.keys() & {"names", "background"}:      # the checkpoint's then
+        return cfg, state
     if (state["names"], state["background"]) != (class_names(cfg), background_words(cfg)):
         raise UserError(f"{kept[0]}: was trained with other class names; give the same, or leave "
-                        "out --resume")
+                        f"out {'--names and --background' if 'eval' in typed else '--resume'}")
     return cfg, state
 
 
@@ -2070,11 +2090,16 @@ def remove_stale(out, weights):
     shown = {name.removesuffix(".overlay.png") for name in seen if name.endswith(".overlay.png")}
     pairs = {stem + end for stem in shown for end in (".mask.png", ".overlay.png")
              if {stem + ".mask.png", stem + ".overlay.png"} <= seen}
-    stale = [out / name for name in seen & (pairs | MADE)]
-    for path in stale:
-        path.unlink()
-    if stale:
-        print(f"removed an earlier run's {', '.join(sorted(path.name for path in stale))}")
+    remove(out, pairs | MADE, "run")
+
+
+def remove(folder, names, maker):
+    """Remove these files where they are, and say so. maker: what else made them, "run"."""
+    there = sorted(name for name in names if (folder / name).is_file())
+    for name in there:
+        (folder / name).unlink()
+    if there:
+        print(f"removed an earlier {maker}'s {', '.join(there)}")
 
 
 def measure(segmenter, val, seconds):
@@ -2120,11 +2145,14 @@ def describe(segmenter, samples, seconds):
 
 
 def slide(dense, x, patch, cfg):
-    """{method: logits B×C×H×W} of images x: B×3×H×W: the mean over the windows that see a pixel.
+    """({method: logits of images x: B×3×H×W}, px of a step of their grid).
 
-    dense: from a window to its {method: logits on the grid}. This is the protocol of SCLIP,
-    ClearCLIP and NACLIP (window 224, stride 112, short side 336).
+    dense: from images to their {method: logits B×C×h×w on CLIP's grid}. With cfg.window it sees
+    windows, and the logits, B×C×H×W, are the mean over those that see a pixel: the protocol of
+    SCLIP, ClearCLIP and NACLIP (window 224, stride 112, short side 336).
     """
+    if not cfg.window:
+        return dense(x), patch
     side, total, count = cfg.window, {}, 0
     tops, lefts = (window_starts(n, side, cfg.stride or side // 2) for n in x.shape[-2:])
     for i, j in itertools.product(tops, lefts):
@@ -2134,24 +2162,25 @@ def slide(dense, x, patch, cfg):
             pixels = upsample(logits, patch, window.shape[-2:], window.shape[-2:])
             total[name] = total.get(name, 0) + F.pad(pixels, place)
         count = count + F.pad(torch.ones(window.shape[-2:], device=x.device), place)
-    return {name: sum_ / count for name, sum_ in total.items()}
+    return {name: sum_ / count for name, sum_ in total.items()}, 1
 
 
 @torch.no_grad()
 def rectify_words(segmenter, words):
-    """(T, the function from dense features f: B×D×h×w to rectified logits B×C×h×w) of any C words.
+    """(T, the function from dense features f: B×D×h×w to rectified logits B×C×h×w, their sharpness)
+    of any C words.
 
     Words that are not classes of the training get a Reference from the learned prompt (the mean
     prompt, where each class has one). ReCLIP's P and ReCLIP++'s decoder have one output per class
     of the training and are left out for them.
     """
-    clip, rectifier = segmenter.clip, segmenter.rectifier
+    clip, rectifier, sharpness = segmenter.clip, segmenter.rectifier, segmenter.cfg.sharpness
     trained = [*segmenter.names, *segmenter.background]
     if not rectifier:                                              # nothing was trained: MaskCLIP's
-        return segmenter.T, lambda f: similarity(f, segmenter.T)
+        return segmenter.T, lambda f: similarity(f, segmenter.T), sharpness
     if set(words) <= set(trained):
         R, chosen = segmenter.reference(), [trained.index(word) for word in words]
-        return segmenter.T[chosen], lambda f: segmenter.rectified(f, R)[:, chosen]
+        return segmenter.T[chosen], lambda f: segmenter.rectified(f, R)[:, chosen], sharpness
     new = [word for word in words if word not in trained]
     print(f"{', '.join(new)}: not among the {len(trained)} classes of the training; the Reference "
           "prompt alone rectifies")
@@ -2161,11 +2190,12 @@ def rectify_words(segmenter, words):
     R = F.normalize(reference_features(clip, V[:L], tokens), dim=1)
     R = R / len(trained) ** 0.5 if segmenter.cfg.norm == "frobenius" else R  # as long as trained
     if segmenter.cfg.method == "reclip":
-        return T, lambda f: similarity(f, T) - similarity(f, R)
+        return T, lambda f: similarity(f, T) - similarity(f, R), sharpness
+    sharpness = segmenter.sharpness["maskclip"]                 # cosines, without the decoder
     if segmenter.cfg.space == "off":
-        return T, lambda f: similarity(f, T)
-    PE = lambda f: positional_embedding(clip, tuple(f.shape[-2:]))
-    return T, lambda f: similarity(f, T) - torch.einsum("dhw,cd->chw", rectifier.g(PE(f))[0], R)
+        return T, lambda f: similarity(f, T), sharpness
+    P = lambda f: rectifier.g(positional_embedding(clip, tuple(f.shape[-2:])))[0]
+    return T, lambda f: similarity(f, T) - torch.einsum("dhw,cd->chw", P(f), R), sharpness
 
 
 @torch.no_grad()
@@ -2199,22 +2229,27 @@ def segment(typed):
         asked = replace(cfg, names=typed.get("names", ""), background=typed.get("background", ""))
         names = class_names(asked) if asked.names else names
         kept = [] if "background" in typed else [w for w in background if w not in names]
-        background = background_words(asked) or kept
+        background = background_words(asked, names) or kept
     classes = [name.split(", ")[0] for name in names] + ["background"]
     source = Path(typed["image"])
     paths = [*find_images(source).values()] if source.is_dir() else [source]
-    T, rectified = rectify_words(segmenter, [*names, *background])
+    T, rectified, sharpness = rectify_words(segmenter, [*names, *background])
+    sharpness = segmenter.sharpness | {cfg.method: sharpness}
+
+    def dense(x):
+        f = segmenter.features(x)
+        baseline = segmenter.encode(segmenter.frozen, x, cfg.attention) if cfg.finetune else f
+        return {"maskclip": similarity(baseline, T), cfg.method: rectified(f)}
+
     for path in paths:
         inside = path.relative_to(source) if source.is_dir() else Path(path.name)
         name = inside.with_suffix("").as_posix().replace("/", "_")
         image = load_image(path)
-        x = resize_to_fit(image[None], cfg.size)
-        f = segmenter.features(x)
-        baseline = segmenter.encode(segmenter.frozen, x, cfg.attention) if cfg.finetune else f
-        maps = {"MaskCLIP": similarity(baseline, T), TITLES[cfg.method]: rectified(f)}
-        masks = {title: decide(logits, patch, x.shape[-2:], image.shape[-2:], len(names),
-                               cfg.sharpness, cfg.threshold)[0].cpu()
-                 for title, logits in maps.items()}
+        x = resize_to_fit(image[None].to(segmenter.device), cfg.size)
+        maps, step = slide(dense, x, patch, cfg)
+        masks = {TITLES[name]: decide(logits, step, x.shape[-2:], image.shape[-2:], len(names),
+                                      sharpness[name], cfg.threshold)[0].cpu()
+                 for name, logits in maps.items()}
         write_mask(masks[TITLES[cfg.method]], len(names), out / f"{name}.mask.png")
         show_masks(image, masks, classes, out / f"{name}.overlay.png")
         print(f"wrote {printable(str(out / name))}.mask.png and .overlay.png")

@@ -166,6 +166,13 @@ def trained(dataset, recipe, method, seed):
     out, options = run_of(dataset, recipe, method, seed)
     if not (out / "rectify.json").is_file():
         rectify.main([*options, "--method", method, "--resume"])
+    today = rectify.configure(**dict(recipe=recipe) if recipe else {}, dataset=dataset,
+                              method=method, seed=seed)
+    try:
+        kept = rectify.load_checkpoint(out / "rectify.pt")["config"]
+        rectify.check_trained(rectify.Config, kept, rectify.asdict(today))
+    except rectify.UserError as error:
+        raise rectify.UserError(f"{out}: is not of today's recipe, delete it ({error})")
     return out
 
 

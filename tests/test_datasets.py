@@ -501,6 +501,20 @@ def test_masks_in_ade20ks_layout_may_be_missing_or_partly_missing(tmp_path):
         rectify.list_samples(folder, "val")
 
 
+def test_training_images_beside_masks_need_none(tmp_path):
+    """VOC's layout with masks for val, and for some of train."""
+    folder = layout(tmp_path, {
+        **{f"JPEGImages/{name}.jpg": jpg() for name in "abc"},
+        **{f"SegmentationClass/{name}.png": encoded(LABEL) for name in "bc"},
+        "ImageSets/Segmentation/train.txt": b"a\nb\n", "ImageSets/Segmentation/val.txt": b"c\n"})
+    masks = folder / "SegmentationClass"
+    train, val = rectify.splits(folder)
+    assert [(s.name, s.label) for s in train] == [("a", None), ("b", masks / "b.png")]
+    (masks / "c.png").unlink()
+    with pytest.raises(UserError, match=r"SegmentationClass/c\.png: missing.*val\.txt lists it"):
+        rectify.splits(folder)
+
+
 def test_a_plain_folder_is_all_train_and_no_val(tmp_path):
     """Whatever its sub-folders are called, as long as there are no annotations beside them."""
     folder = layout(tmp_path, {"images/training/a.jpg": jpg(), "z.png": jpg()})

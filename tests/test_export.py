@@ -243,21 +243,24 @@ def test_the_command_line_bakes_the_threshold_in(taught, photo, tmp_path, capsys
     """--threshold: names, palette and the check know the background; a higher threshold gives more of it."""
     shutil.copy(taught / "student.pt", tmp_path)
     share = []
-    for threshold in ("0.2", "0.9"):
-        export.main(["--out", str(tmp_path), "--threshold", threshold])
+    for threshold, output in (("0.2", "mask"), ("0.9", "probs")):
+        export.main(["--out", str(tmp_path), "--threshold", threshold, "--output", output])
         session = export.open_model(tmp_path / "student.onnx")
-        assert export.classes_of(session, tmp_path / "student.onnx")[0] == ["background", *rectify.VOC_NAMES]
-        share.append((session.run(None, {"image": np.asarray(Image.open(photo))[None]})[0] == 0).mean())
-    report = json.loads((tmp_path / "export.json").read_text())
-    assert share[0] < share[1] and report["check"]["student.onnx"]["agreement"] >= 0.9999
-    assert list(report["results"]["pytorch"]["IoU"]) == [*rectify.VOC_NAMES, "background"]
+        names, palette = export.classes_of(session, tmp_path / "student.onnx")
+        assert names == ["background", *rectify.VOC_NAMES] and [*palette[0]] == [0, 0, 0]
+        assert [o.name for o in session.get_outputs()] == ["mask", "probabilities"][:1 + (output == "probs")]
+        share.append((session.run(["mask"], {"image": np.asarray(Image.open(photo))[None]})[0] == 0).mean())
+        report = json.loads((tmp_path / "export.json").read_text())
+        assert report["check"]["student.onnx"]["agreement"] >= 0.9999
+        assert list(report["results"]["pytorch"]["IoU"]) == [*rectify.VOC_NAMES, "background"]
+    assert share[0] < share[1]
     capsys.readouterr()
     assert "a probability" in refused(capsys, "--out", tmp_path, "--threshold", "1.5")
 
 
-def test_labels_are_read_as_the_student_read_them(taught, tmp_path, monkeypatch, capsys):
+def test_labels_are_read_as_the_student_read_them(exported, tmp_path, monkeypatch, capsys):
     """--label-base of distill.py is the student's, which need not be the teacher's."""
-    state, seen = torch.load(taught / "student.pt", weights_only=True), []
+    state, seen = torch.load(exported / "student.pt", weights_only=True), []
     state["config"]["label_base"] = 0
     torch.save(state, tmp_path / "student.pt")
 
@@ -265,13 +268,15 @@ def test_labels_are_read_as_the_student_read_them(taught, tmp_path, monkeypatch,
         seen.append(args[-1])
         raise BadInput("enough")
 
+    monkeypatch.setattr(export, "write_onnx", lambda net, path, meta: shutil.copy(exported / "student.onnx", path))
     monkeypatch.setattr(export, "check", check)
     assert "enough" in refused(capsys, "--out", tmp_path) and seen == [0]
 
 
 def test_paths_from_standard_input_and_several_arguments(exported, mini, tmp_path, monkeypatch, capsys):
     images = sorted((mini / "JPEGImages").iterdir())[:3]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{path}\n" for path in images)))
+    lines = "\n" + "".join(f"{path}\n" for path in images) + "  \n"         # blank lines are no path
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     export.main(["--run", str(exported / "student.onnx"), "--image", "-", "--mask", str(tmp_path / "a")])
     assert re.search(r"3 masks, [\d.]+ images/s", capsys.readouterr().out)
     export.main(["--run", str(exported / "student.onnx"), "--image", *map(str, images), "--mask", str(tmp_path / "b"),
@@ -364,8 +369,11 @@ def test_a_full_disk_leaves_the_earlier_files(exported, tmp_path, monkeypatch, c
 
 
 def test_an_interrupt_says_that_nothing_is_half_written(exported, tmp_path, monkeypatch, capsys):
-    def interrupt(*args):
-        raise KeyboardInterrupt
+    """Also where one file is complete and another has begun."""
+    def interrupt(net, path, meta):
+        path.write_bytes((exported / "student.onnx").read_bytes()[:1000 if "fp16" in path.name else None])
+        if "fp16" in path.name:
+            raise KeyboardInterrupt
 
     shutil.copy(exported / "student.pt", tmp_path)
     monkeypatch.setattr(export, "write_onnx", interrupt)
@@ -395,6 +403,9 @@ def test_weights_that_are_not_finite_are_refused(taught, tmp_path, capsys):
     state["student"]["aspp.0.weight"][0] = float("nan")
     torch.save(state, tmp_path / "student.pt")
     assert "not finite" in refused(capsys, "--out", tmp_path)
+    state = torch.load(taught / "student.pt", weights_only=True)
+    torch.save(state | {"config": {k: v for k, v in state["config"].items() if k != "size"}}, tmp_path / "student.pt")
+    assert "another version" in refused(capsys, "--out", tmp_path)
 
 
 def test_a_long_picture_is_segmented_smaller_and_its_mask_is_not(exported, tmp_path):
@@ -428,6 +439,8 @@ def test_bad_input_is_one_line(exported, photo, tmp_path, capsys, monkeypatch):
     assert "go together" in refused(capsys, "--run", model) and "go together" in refused(capsys, "--image", photo)
     assert "are the same" in refused(capsys, "--run", model, "--image", photo, "--mask", out, "--overlay", out)
     assert "are the same" in refused(capsys, "--run", model, "--image", photo, "--mask", photo)
+    for typed in (["--threshold", 0.5], ["--inner", 64], ["--int8"], ["--output", "probs"], ["--out", tmp_path]):
+        assert f"{typed[0]} is for writing a file" in refused(capsys, "--run", model, "--image", photo, *typed)
     assert not out.exists() and not list(tmp_path.glob("*.tmp"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert "decompression bomb" in refused(capsys, "--run", model, "--image", photo, "--mask", out)

@@ -6,6 +6,7 @@ that people have.
 import contextlib
 import io
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -93,15 +94,14 @@ def test_offline_one_line_says_how_to_get_the_weights(own, tmp_path, monkeypatch
     assert not list(tmp_path.rglob("*.pt"))
 
 
-@pytest.mark.parametrize("option, name", [
-    ("--epochs N", "epochs"), ("--views", "views"), ("--t ", "t"), ("--lr ", "lr"),
-    ("--batch", "batch"), ("--crop", "crop"), ("--method", "method")])
-def test_help_shows_the_default_of_each_dataset(option, name, capsys):
+@pytest.mark.parametrize("name", ["epochs", "views", "t", "lr", "batch", "crop", "method"])
+def test_help_shows_the_default_of_each_dataset(name, capsys):
     with pytest.raises(SystemExit):
         rectify.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     shown = ", ".join(f"{dataset} {row[name]}" for dataset, row in rectify.RECIPES.items())
-    assert f"({shown})" in said
+    about = re.search(rf" --{name} (?!.* --{name} )(.*?)( --[a-z]|$)", said)[1]
+    assert f"({shown})" in about
 
 
 @pytest.mark.parametrize("typed, width, weights", [
@@ -438,9 +438,11 @@ def test_windows_are_averaged_where_they_overlap():
                 heard[top + i][left + j].append(pixels[..., i, j])
     rows = [torch.stack([torch.stack(p).mean(0) for p in row], -1) for row in heard]
     slow = torch.stack(rows, -2)                                            # B C H W
-    found = rectify.slide(dense, x, patch, cfg)
-    assert torch.allclose(found["a"], slow, atol=1e-5)
+    found, step = rectify.slide(dense, x, patch, cfg)
+    assert step == 1 and torch.allclose(found["a"], slow, atol=1e-5)
     assert torch.allclose(found["b"], -2 * slow, atol=1e-5)
+    whole, step = rectify.slide(dense, x, patch, SimpleNamespace(window=0))
+    assert step == patch and torch.equal(whole["a"], dense(x)["a"])
 
 
 # ================================================================================ runs, whole ones
@@ -556,6 +558,51 @@ def test_a_window_larger_than_the_image_is_none(plain, photos):
     masks = [rectify.predictor(rectify.load_segmenter(plain.out / "rectify.pt", window=window))(
         image)["reclip++"] for window in (0, 10_000, 96)]
     assert (masks[0] == masks[1]).all() and (masks[0] != masks[2]).any()
+
+
+def test_a_class_leaves_the_image_and_not_a_window(plain, photos, monkeypatch):
+    """Denoising looks at the mean of all windows: one that alone does not see a class keeps it."""
+    image = rectify.load_image(photos / "p0.jpg")[None]
+    monkeypatch.setattr(rectify, "decide", lambda logits, *_: logits)
+    segment = lambda least: rectify.predictor(rectify.load_segmenter(
+        plain.out / "rectify.pt", window=96, denoise=least))(image)
+    raw = segment(0.0)
+    logits, sharpness = raw["reclip++"], rectify.configure(method="reclip++").sharpness
+    least = (sharpness * logits).softmax(1).amax((2, 3)).median().item()
+    found, expected = segment(least), rectify.denoise(logits, sharpness, least)
+    assert (found["reclip++"] == expected).all() and (expected != logits).any()
+    assert (found["maskclip"] == raw["maskclip"]).all()
+
+
+def test_the_baseline_of_a_threshold_is_the_same_for_every_method(plain, photos):
+    """Beside ReCLIP++, whose logits are no cosines, MaskCLIP has the background that it has alone.
+    """
+    image = rectify.load_image(photos / "p0.jpg")[None]
+    beside = rectify.load_segmenter(plain.out / "rectify.pt", threshold=0.2)
+    alone = rectify.Segmenter(configure(method="maskclip", threshold=0.2), beside.names,
+                              torch.device("cpu"), beside.T, beside.background)
+    masks = [rectify.predictor(segmenter)(image)["maskclip"] for segmenter in (beside, alone)]
+    assert (masks[0] == masks[1]).all() and 0 < (masks[0] == 3).sum() < masks[0].numel()
+
+
+def test_windows_segment_an_image_too(again, photos):
+    """--image --window is not --image."""
+    found = []
+    for window in (0, 96):
+        run(rectify, "--image", photos / "p0.jpg", "--out", again.out, "--window", window)
+        found.append(values(again.out / "p0.mask.png"))
+    assert found[0].shape == found[1].shape and (found[0] != found[1]).any()
+
+
+def test_background_words_are_held_against_the_runs_own_names(again, photos, capsys):
+    """"dog" is a class of the run, "horse" its synonym; "sofa" is a class of VOC's alone."""
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        words = rectify.rectify_words
+        patch.setattr(rectify, "rectify_words", lambda s, w: asked.append(w) or words(s, w))
+        run(rectify, "--image", photos / "p0.jpg", "--out", again.out, "--background",
+            "horse, dog, sofa")
+    assert asked == [["dog, horse", "cat", "boat", "sofa"]]
 
 
 @pytest.mark.parametrize("attention", ["maskclip", "naclip"])

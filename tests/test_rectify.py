@@ -681,8 +681,9 @@ def test_kill_and_resume(mini, tmp_path):
     interrupted.
     """
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    args = lambda out: [str(a) for a in own(mini, out, "--epochs", 30, "--views", 2,
-                                            "--precision", "fp32")]
+    args = lambda out: [*map(str, (
+        "--dataset", "emoji", "--data", mini / "JPEGImages", "--names", "cow, dog, horse",
+        "--out", out, "--epochs", 30, "--views", 2, "--precision", "fp32"))]
     silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = subprocess.Popen([sys.executable, rectify.__file__, *args(killed)], **silent)
     while not (killed / "rectify.partial.pt").exists() and process.poll() is None:
@@ -946,6 +947,16 @@ def test_eval_takes_its_names_from_the_checkpoint(copy, tmp_path):
     assert json.loads((tmp_path / "out/rectify.json").read_text())["results"] == before
 
 
+def test_eval_refuses_other_names(copy, trained, tmp_path):
+    """They would be measured as the checkpoint's own, and rectify.json would say otherwise."""
+    checkpoint = trained["reclip"].out / "rectify.pt"
+    for typed in (("--names", "dog, cat"), ("--background", "sky, wall")):
+        with pytest.raises(UserError, match="other class names; .* leave out --names and --back"):
+            run("--eval", checkpoint, "--out", tmp_path / "again", *typed)
+    assert not (tmp_path / "again").exists()
+    run("--eval", checkpoint, "--out", tmp_path / "again", "--names", copy / "names.txt")
+
+
 # ============================================================================= one image, any words
 
 @pytest.fixture
@@ -1142,15 +1153,18 @@ def test_every_option_is_explained(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
     for f in fields(Config):
-        assert f"--{f.name.replace('_', '-')}" in printed and f.metadata["help"] in printed
+        assert re.search(rf"{rectify.flag(f.name)}(?![-\w])", printed), f.name
+        assert f.metadata["help"] in printed
 
 
-@pytest.mark.parametrize("args", [
-    ["--epoch-count", "3"], ["--method", "clipseg"], ["--epochs", "many"]])
-def test_unknown_options_are_refused(capsys, args):
+@pytest.mark.parametrize("args, message", [
+    (["--epoch-count", "3"], "unrecognized arguments: --epoch-count"),
+    (["--method", "clipseg"], "argument --method: invalid"),
+    (["--epochs", "many"], "argument --epochs: invalid")])
+def test_unknown_options_are_refused(capsys, args, message):
     with pytest.raises(SystemExit) as end:
         main(args)
-    assert end.value.code == 2 and args[0] in capsys.readouterr().err
+    assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_recipes_follow_the_paper_and_flags_win():
@@ -1162,6 +1176,8 @@ def test_recipes_follow_the_paper_and_flags_win():
     assert (voc.t, voc.alpha) == (0.23, 1000)
     assert (voc.norm, voc.prompt, voc.pool, voc.optimizer) == ("frobenius", "shared", "grid", "sgd")
     assert configure(dataset="voc", method="reclip++").alpha == 100
+    assert [configure(dataset="voc", method=m).out for m in ("reclip", "maskclip")] == [
+        "runs/voc", "runs/voc-maskclip"]
     cfg = configure(dataset="voc", t=0.0, denoise=0.0, alpha=7.0, norm="rows")
     assert (cfg.t, cfg.denoise, cfg.alpha, cfg.norm) == (0, 0, 7, "rows")
     assert None not in [getattr(cfg, f.name) for f in fields(Config)]
@@ -1287,6 +1303,7 @@ def test_the_user_sees_one_line_and_no_traceback(small, tmp_path, what):
 @pytest.mark.parametrize("args, message", [
     (["--t", "1.2"], "--t 1.2"), (["--t", "-1"], "--t -1"), (["--t", "nan"], "--t nan"),
     (["--epochs", "0"], "--epochs"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"),
+    (["--window", "96", "--stride", "97"], "--stride 97: leaves gaps"),
     (["--alpha", "0"], "--alpha"), (["--seed", "-1"], "--seed"),
     (["--data", "images"], "--data needs --names"), (["--threshold", "1"], "--threshold 1"),
     (["--window", "-1"], "--window"),
@@ -1410,7 +1427,8 @@ def test_a_collapse_is_visible(mini, tmp_path, monkeypatch, capsys, collapsed):
         monkeypatch.setattr(rectify, "gumbel_mask", lambda logits, alpha: 0 * logits + F.one_hot(
             torch.zeros_like(logits[:, 0], dtype=torch.long), 20).movedim(-1, 1))
     main([str(a) for a in own(mini, tmp_path / "out", "--epochs", 1)])
-    assert ("hardly depend on the image" in capsys.readouterr().err) == collapsed
+    said = capsys.readouterr().err
+    assert ("hardly depend on the image" in said) == ("Lower --lr-conv" in said) == collapsed
     assert (log(tmp_path / "out")[0]["agreement"] == 1) == collapsed
 
 

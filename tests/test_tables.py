@@ -2,6 +2,7 @@
 images.
 """
 import re
+import shutil
 
 import pytest
 import rectify
@@ -10,11 +11,12 @@ import tables
 
 @pytest.fixture
 def few(emoji, tmp_path, monkeypatch):
-    """A folder to run tables.py in, where Emoji VOC has 24 images a split."""
+    """A folder to run tables.py in, where Emoji VOC has 24 images to learn from and 8 others."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(emoji)
     listed = rectify.list_samples
-    monkeypatch.setattr(rectify, "list_samples", lambda folder, split: listed(folder, split)[:24])
+    monkeypatch.setattr(rectify, "list_samples", lambda folder, split: listed(
+        folder, split)[:24 if split == "train" else 8])
     return tmp_path
 
 
@@ -40,6 +42,14 @@ def test_a_table_is_measured_and_appended(few, monkeypatch, capsys):
                         "| published |")
     assert first[2].startswith("| ReCLIP |") and first[2].endswith("| - |") and "±" in first[2]
     assert first[3].startswith("| ReCLIP++ |") and first[3].endswith("| 12.3 |")
+
+
+def test_a_run_of_an_earlier_recipe_is_refused(few, taught):
+    """A kept run is measured again only where it was trained as today's recipe says."""
+    out = few / "runs/table11/emoji-reclip++-0"
+    shutil.copytree(taught, out)
+    with pytest.raises(rectify.UserError, match=r"emoji-reclip\+\+-0: is not of today's recipe"):
+        tables.trained("emoji", "", "reclip++", 0)
 
 
 def test_published_numbers_stand_beside_rows_that_exist():
