@@ -1,9 +1,11 @@
 """What the tests share: Emoji VOC unpacked once, a miniature of it, and the tiny CLIP."""
+import functools
 import shutil
 import sys
 from pathlib import Path
 from unittest import mock
 
+import open_clip
 import pytest
 import torch
 
@@ -37,6 +39,13 @@ def text_features_once():
         return known[key]
 
     with mock.patch.object(rectify, "text_features", remembered):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tokenizer_once():
+    """And so are the tokenizers, which hold no state."""
+    with mock.patch.object(open_clip, "get_tokenizer", functools.cache(open_clip.get_tokenizer)):
         yield
 
 

@@ -733,7 +733,8 @@ def test_escape_sequences_do_not_reach_the_terminal(mini, run, tmp_path, refusal
             "image": ["--image", f"{ESCAPE}cow.jpg"]}[where]
     argv += ["--out", run] if where == "image" else ["--dataset", "emoji", "--out", tmp_path / "r"]
     refusal(rectify.main, *argv)
-    assert "\x1b" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "\x9b" not in said
 
 
 @pytest.mark.parametrize("kind", ["suffix", "image", "leftover"])
