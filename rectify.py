@@ -12,8 +12,8 @@ alone, subtracts them, and measures what that gains.
     python rectify.py --image photo.jpg --names "dog, horse"                # one image, any words
     torchrun --nproc-per-node 4 rectify.py --dataset ade                    # several GPUs
 
-The first two give ReCLIP++ 54.0 ± 1.2 and ReCLIP 43.9 ± 0.5 mIoU over seeds 0, 1, 2; MaskCLIP,
-which is CLIP untrained, has 39.2. Each takes two minutes of one core, a minute of two.
+The first two give ReCLIP++ 56.1 ± 0.6 and ReCLIP 43.6 ± 0.4 mIoU over seeds 0, 1, 2; MaskCLIP,
+which is CLIP untrained, has 39.2. Each takes two or three minutes of one core, one or two of two.
 
 Read it from top to bottom: 1 recipes and configuration, 2 CLIP, 3 the method, 4 training,
 5 prediction. Below the ruler stands what serves the method: 6 metric, 7 datasets, 8 images,
