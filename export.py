@@ -13,9 +13,9 @@ A student of Emoji VOC (seed 0): size; median at batch 1 on 1 core of an AMD EPY
 Runtime 1.31 (`tests/bench.py export`, an earlier student of the same shapes); agreement with
 PyTorch; mIoU on 400 validation images:
 
-    student.onnx        16.2 MB     15.1 ms     100.00 %     63.60 mIoU
-    student.fp16.onnx    8.2 MB     15.6 ms      99.92 %     63.60 mIoU
-    student.int8.onnx    4.3 MB      5.8 ms      97.02 %     63.26 mIoU
+    student.onnx        16.2 MB     14.9 ms     100.00 %     64.44 mIoU
+    student.fp16.onnx    8.2 MB     15.3 ms      99.91 %     64.45 mIoU
+    student.int8.onnx    4.3 MB      5.7 ms      96.18 %     63.97 mIoU
 
 1 run a file, 2 the graph that is exported, 3 the files, 4 the check; the rest serves them.
 """
