@@ -12,8 +12,8 @@ import rectify
 
 PATH = rectify.HERE / "tutorial.ipynb"
 # How far a headline number may move: what the seeds 0 and 2 of the marked cell differed by, rounded
-# up. MaskCLIP learns nothing and differs by rounding alone.
-TOLERANCE = {"maskclip": 0.5, "reclip": 1.5, "reclip++": 6.0, "student": 5.0, "share error": 2.0,
+# up, or twice that where it was little. MaskCLIP learns nothing and differs by rounding alone.
+TOLERANCE = {"maskclip": 0.5, "reclip": 1.5, "reclip++": 3.0, "student": 5.0, "share error": 3.0,
              "onnx agreement": 0.01}
 
 
