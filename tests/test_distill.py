@@ -213,6 +213,12 @@ def test_an_earlier_students_files_do_not_outlive_it(taught, tmp_path, capsys):
     assert not any((out / name).exists() for name in made) and (out / "mine.onnx").is_file()
 
 
+def test_eval_measures_where_the_student_lies(taught, tmp_path):
+    """--out would be ignored, so it is refused."""
+    with pytest.raises(UserError, match="--out: --eval measures in the student's own folder"):
+        distill.main(["--eval", str(taught / "student.pt"), "--out", str(tmp_path)])
+
+
 def test_a_reclip_teacher_gives_the_student_its_reference(mini, tmp_path):
     """Logits are scale · (norm(u)·Tᵀ − norm(u)·Rᵀ), with the R of the ReCLIP checkpoint; ReCLIP++
     has none.
