@@ -443,16 +443,16 @@ def first_line(error):
 def list_images(arguments):
     """(paths, whether masks go to a folder) of --image: files, folders, or - for standard input."""
     many = len(arguments) > 1 or arguments == ["-"] or Path(arguments[0]).is_dir()
-    lines = filter(str.strip, sys.stdin.read().splitlines() if arguments == ["-"] else arguments)
+    lines = filter(str.strip, sys.stdin.read().splitlines()) if arguments == ["-"] else arguments
     images = []
-    for path in map(Path, lines):                                           # none of them blank
+    for path in map(Path, lines):
         inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()
                         ) if path.is_dir() else [path]
         if not inside:
             raise BadInput(f"{path}: holds no images ({' '.join(sorted(SUFFIXES))})")
         images += inside
     if not images:
-        raise BadInput("--image: names no images")
+        raise BadInput("--image -: standard input names no images")
     return images, many
 
 

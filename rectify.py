@@ -479,6 +479,11 @@ class Segmenter(nn.Module):
         """f: B×D×h×w of uint8 images B×3×H×W."""
         return self.encode(self.clip, images, self.cfg.attention)
 
+    def both_features(self, images):
+        """(f, MaskCLIP's f): with finetune of CLIP's image tower as trained and as it was."""
+        f = self.features(images)
+        return f, self.encode(self.frozen, images, self.cfg.attention) if self.cfg.finetune else f
+
     def reference(self):
         """R: C×D, the Reference feature of each class."""
         return set_norm(reference_features(self.clip, self.rectifier.V, self.tokens), self.cfg.norm)
@@ -663,8 +668,7 @@ def predictor(segmenter):
     R = segmenter.reference() if segmenter.rectifier else None
 
     def dense(x):
-        f = segmenter.features(x)
-        baseline = segmenter.encode(segmenter.frozen, x, cfg.attention) if cfg.finetune else f
+        f, baseline = segmenter.both_features(x)
         logits = {"maskclip": similarity(baseline, segmenter.T)}
         if segmenter.rectifier:
             logits[cfg.method] = segmenter.rectified(f, R)
@@ -2237,8 +2241,7 @@ def segment(typed):
     sharpness = segmenter.sharpness | {cfg.method: sharpness}
 
     def dense(x):
-        f = segmenter.features(x)
-        baseline = segmenter.encode(segmenter.frozen, x, cfg.attention) if cfg.finetune else f
+        f, baseline = segmenter.both_features(x)
         return {"maskclip": similarity(baseline, T), cfg.method: rectified(f)}
 
     for path in paths:

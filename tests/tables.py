@@ -31,7 +31,7 @@ import contextlib
 import json
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
@@ -166,11 +166,10 @@ def trained(dataset, recipe, method, seed):
     out, options = run_of(dataset, recipe, method, seed)
     if not (out / "rectify.json").is_file():
         rectify.main([*options, "--method", method, "--resume"])
-    today = rectify.configure(**dict(recipe=recipe) if recipe else {}, dataset=dataset,
-                              method=method, seed=seed)
+    today = rectify.configure(dataset=dataset, recipe=recipe, method=method, seed=seed)
     try:
         kept = rectify.load_checkpoint(out / "rectify.pt")["config"]
-        rectify.check_trained(rectify.Config, kept, rectify.asdict(today))
+        rectify.check_trained(rectify.Config, kept, asdict(today))
     except rectify.UserError as error:
         raise rectify.UserError(f"{out}: is not of today's recipe, delete it ({error})")
     return out

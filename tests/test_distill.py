@@ -362,7 +362,7 @@ def test_kill_and_resume(taught, tmp_path, monkeypatch):
     log of a run that nothing interrupted.
     """
     whole, killed = beginner(taught, tmp_path / "whole"), beginner(taught, tmp_path / "killed")
-    args = lambda out: ["--out", str(out), "--epochs", "8", "--seed", "1"]
+    args = lambda out: ["--out", str(out), "--epochs", "12", "--seed", "1"]
     monkeypatch.setattr(distill, "measure", lambda *_: 0.0)         # that is not the question
     distill.main(args(whole))
     fp32 = ("import distill, rectify, sys; rectify.uses_bf16 = lambda *_: False; "
@@ -378,9 +378,9 @@ def test_kill_and_resume(taught, tmp_path, monkeypatch):
     assert not (killed / "distill.partial.pt").exists()
     untimed = lambda out: [line.split(', "images_per_second"')[0]
                            for line in (out / "log.jsonl").read_text().splitlines()]
-    assert untimed(whole) == untimed(killed) and len(untimed(whole)) == 8
+    assert untimed(whole) == untimed(killed) and len(untimed(whole)) == 12
     with pytest.raises(UserError, match="--seed 2: the checkpoint was trained with 1"):
-        distill.main(["--out", str(whole), "--epochs", "8", "--seed", "2", "--resume"])
+        distill.main(["--out", str(whole), "--epochs", "12", "--seed", "2", "--resume"])
 
 
 def test_what_was_asked_of_one_measurement_is_not_kept(taught):
