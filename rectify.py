@@ -44,8 +44,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # before torch: waiting threads leave their core
-
 import numpy as np
 import open_clip
 import torch
@@ -56,8 +54,7 @@ from matplotlib.patches import Patch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import distributed, nn
-from torchvision.datasets.utils import download_url
-from torchvision.datasets.voc import DATASET_YEAR_DICT
+from torchvision.datasets import utils, voc
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -65,12 +62,9 @@ from tqdm import tqdm
 # A row per dataset: Table 12 and the released settings for the real ones (lr was released as 0.01
 # for one image a step, and grows with the batch); what measures best on dev for Emoji VOC.
 RECIPES = {
-    "voc": dict(size=(2048, 512), crop=520, t=0.23, top_k=2, epochs=200, batch=12, lr=0.12,
-                lr_conv=0.12),
-    "context": dict(size=(520, 520), crop=480, t=0.20, top_k=6, epochs=400, batch=12, lr=0.12,
-                    lr_conv=0.12),
-    "ade": dict(size=(2048, 512), crop=512, t=0.21, top_k=5, epochs=300, batch=8, lr=0.08,
-                lr_conv=0.08),
+    "voc": dict(size=(2048, 512), crop=520, t=0.23, top_k=2, epochs=200, batch=12, lr=0.12),
+    "context": dict(size=(520, 520), crop=480, t=0.20, top_k=6, epochs=400, batch=12, lr=0.12),
+    "ade": dict(size=(2048, 512), crop=512, t=0.21, top_k=5, epochs=300, batch=8, lr=0.08),
     "emoji": dict(method="reclip++", clip="local-dir:tests/emoji/clip", pretrained="",
                   size=(2048, 192), jitter=(0.8, 1.25), crop=192, hypothesis="softmax",
                   view="whole", t=0.2, top_k=1, prompt="per-class", start="ours", optimizer="adam",
@@ -85,8 +79,7 @@ METHODS = {
     ("context", "reclip++"): dict(alpha=100.0, sharpness=10.0, denoise=0.85, hypothesis="windows"),
     ("ade", "reclip++"): dict(alpha=100.0, sharpness=10.0, denoise=0.5, hypothesis="windows"),
     ("emoji", "reclip++"): dict(alpha=10.0, sharpness=10.0, denoise=0.0)}
-# --recipe 2024, the regime of the CVPR paper's numbers: OpenAI's weights, which were trained with
-# QuickGELU, compute with GELU, on images normalized by ImageNet's mean and std.
+# The CVPR paper's regime: weights that were trained with QuickGELU compute with GELU.
 RECIPE_2024 = dict(clip="ViT-B-16", normalization="imagenet")
 COSINE_SHARPNESS = 100.0                # of MaskCLIP's logits, which are cosines: CLIP's own scale
 # What may differ between a checkpoint and the command that goes on with it.
@@ -126,8 +119,7 @@ class Config:
     alpha: float = 1000.0                       # scale of the logits before Gumbel-Softmax
     optimizer: Literal["sgd", "adam"] = "sgd"   # optimizer
     lr: float = 0.12                            # learning rate of the prompt
-    lr_conv: float = 0.12                       # learning rate of the convolutions
-    lr_encoder: float = 1e-4                    # learning rate of the image tower with --finetune
+    lr_conv: float = 0.0                        # learning rate of the convolutions; 0: as lr
     weight_decay: float = 5e-4                  # weight decay
     epochs: int = 200                           # passes over the training images
     batch: int = 12                             # images in a training step
@@ -205,9 +197,8 @@ def first_blocks(clip, x):
     return x, grid
 
 def encode_image(clip, x, attention):
-    """CLIP's image tower for x: B×3×H×W of any size, normalized, with a choice of the last block's
-    attention: the dense feature f, B×D×h×w; with "clip" CLIP's own image feature, B×D. Unit norm.
-    """
+    """CLIP's image tower for x: B×3×H×W of any size, normalized; attention: of the last block.
+    The dense feature f, B×D×h×w; with "clip" CLIP's own image feature, B×D. Of unit norm."""
     visual, last = clip.visual, clip.visual.transformer.resblocks[-1]
     x, grid = first_blocks(clip, x)
     if attention == "maskclip":
@@ -240,7 +231,7 @@ def hypothesize(segmenter, images):
     (ReCLIP++): the union of the best class of each tile, a sixth of a crop, at half steps."""
     cfg, (clip, T) = segmenter.cfg, segmenter.hypothesis_clip
     images, side = images.to(segmenter.device), clip.visual.image_size[0]
-    scores = lambda x: segmenter.encode(clip, x, "clip") @ T.T              # B C
+    scores = lambda x: segmenter.features(x, clip, "clip") @ T.T            # B C
     if cfg.hypothesis == "windows":
         x, tile = resize_to_fit(images, cfg.size), max(2, cfg.crop // 6)
         tops, lefts = (window_starts(n, tile, tile // 2) for n in x.shape[-2:])
@@ -350,15 +341,16 @@ def contrastive_loss(z, T, y, scale):
 
 class Segmenter(nn.Module):
     """CLIP, its text features T, and the rectifier (ReCLIP or ReCLIPpp), all that is learned.
-    names: the classes. background: words that are learned as classes are and stand behind them;
-    their pixels are background. state: a checkpoint, whose T and weights are taken.
-    forward(x), a training step's: dense features B×D×h×w (with finetune uint8 views B×3×H×W) to
-    (rectified logits B×C×h×w, f: B×D×h×w)."""
+    background: words that are learned as classes are and stand behind them; their pixels are
+    background. state: a checkpoint, whose T and weights are taken. forward(x), a training step's:
+    f: B×D×h×w (with finetune uint8 views B×3×H×W) to (rectified logits B×C×h×w, f)."""
 
     def __init__(self, cfg, names, background=(), state=None):
         super().__init__()
         self.cfg, self.names, self.background = cfg, names, [*background]
-        self.device, words = pick_device(cfg), [*names, *background]
+        words, titles = [*names, *background], [name.split(", ")[0] for name in names]
+        self.classes = titles + ["background"] * bool(background or cfg.threshold)  # of a mask
+        self.device = pick_device(cfg)
         self.clip, self.tokenizer = load_clip(cfg, self.device)
         self.clip_before = copy.deepcopy(self.clip) if cfg.finetune else self.clip  # MaskCLIP's
         self.tokens, L = name_tokens(self.clip, self.tokenizer, [w.split(", ")[0] for w in words])
@@ -382,20 +374,11 @@ class Segmenter(nn.Module):
             if state["clip"]:
                 self.clip.visual.load_state_dict(state["clip"])
 
-    @property
-    def classes(self):
-        """The names of a mask's values: the classes, then "background" where there is one."""
-        none = ["background"] if self.background or self.cfg.threshold else []
-        return [name.split(", ")[0] for name in self.names] + none
-
-    def encode(self, clip, images, attention):
-        """encode_image of uint8 images B×3×H×W, on the run's device, in bfloat16 where it pays."""
+    def features(self, images, clip=None, attention=None):
+        """encode_image of uint8 images B×3×H×W, on the device, in bfloat16 where it has it: f."""
+        clip, attention = clip or self.clip, attention or self.cfg.attention
         with in_bf16(self.device):
             return encode_image(clip, normalize(clip, images.to(self.device)), attention)
-
-    def features(self, images, clip=None):
-        """f: B×D×h×w of uint8 images B×3×H×W."""
-        return self.encode(clip or self.clip, images, self.cfg.attention)
 
     def reference(self):
         """R: C×D, of unit Frobenius norm as in the authors' code: a row is about 1/√C long."""
@@ -430,6 +413,7 @@ def training_data(segmenter, samples):
         image = load_image(sample.image, LONGEST).to(device)
         return [augment(image, cfg, one, fill) for one in drawn]            # K of (crop, extent)
 
+    tune_threads(lambda: segmenter.features(fill.expand(4, 3, cfg.crop, cfg.crop)), device)
     reseed(cfg.seed, 0)
     work = ((sample, [draw_view() for _ in range(K)]) for sample in samples)
     ready = read_ahead(views, work)
@@ -449,18 +433,18 @@ def make_optimizer(segmenter):
     """The optimizer: a learning rate for the prompt, one for convolutions, one for CLIP's tower."""
     cfg, rectifier = segmenter.cfg, segmenter.rectifier
     convs = [p for p in rectifier.parameters() if p is not rectifier.V]
-    groups = [{"params": [rectifier.V], "lr": cfg.lr}, {"params": convs, "lr": cfg.lr_conv}]
-    if cfg.finetune:
+    groups = [{"params": [rectifier.V]}, {"params": convs, "lr": cfg.lr_conv or cfg.lr}]
+    if cfg.finetune:                                                    # the paper tells no rate
         tower = segmenter.clip.visual.requires_grad_()
-        groups.append({"params": list(tower.parameters()), "lr": cfg.lr_encoder})
-    if cfg.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, weight_decay=cfg.weight_decay)
-    return torch.optim.Adam(groups, weight_decay=cfg.weight_decay)
+        groups.append({"params": [*tower.parameters()], "lr": 1e-4})
+    kind = torch.optim.Adam if cfg.optimizer == "adam" else functools.partial(
+        torch.optim.SGD, momentum=0.9)
+    return kind(groups, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
 def train(segmenter, data, samples, out, state=None):
     """Learn the rectifier from the hypotheses alone. An epoch sees one view of every image.
-    data: x, valid, y of `training_data`. samples: all that train. out: the run's folder. state: the
-    checkpoint of an interrupted run to go on with. Of several processes each has its own images."""
+    data: `training_data` of this process. samples: of all. state: an interrupted run's checkpoint.
+    """
     cfg, device, (x, valid, y) = segmenter.cfg, segmenter.device, data
     N, batch = len(y), max(1, cfg.batch // WORLD)
     optimizer, steps = make_optimizer(segmenter), math.ceil(N / batch)
@@ -470,6 +454,7 @@ def train(segmenter, data, samples, out, state=None):
     model = wrap_ddp(segmenter, find_unused_parameters=cfg.space == "off" or cfg.finetune)
     bar = tqdm(total=cfg.epochs * steps, initial=len(log) * steps, desc=cfg.method, unit="step")
     for epoch in range(len(log), cfg.epochs):
+        threads = tune_threads(torch.no_grad()(segmenter.reference), device)
         reseed(cfg.seed, 1 + epoch)
         k, mean, masks = epoch % cfg.views, 0, 0        # mean loss; M of all images, summed
         segmenter.rectifier.train()
@@ -485,14 +470,14 @@ def train(segmenter, data, samples, out, state=None):
             mean += loss.detach() * len(i) / N
             masks += (M.detach() * inside[:, None]).sum(0)                  # C h w
             bar.update()
-        entry = {"loss": over_ranks(mean).item() / WORLD, "lr": poly.get_last_lr()[0]}
-        entry |= look_at_masks(over_ranks(masks), [*segmenter.names, *segmenter.background], bar)
+        words = [*segmenter.names, *segmenter.background]
+        entry = dict(loss=over_ranks(mean).item() / WORLD, lr=poly.get_last_lr()[0],
+                     threads=threads, **look_at_masks(over_ranks(masks), words, bar))
         poly.step()
         end_epoch(out, "rectify", entry, log, bar, epoch + 1 == cfg.epochs, lambda: contents(
             segmenter, samples) | {"optimizer": optimizer.state_dict()})
     bar.close()
     segmenter.rectifier.eval()
-    segmenter.clip.requires_grad_(False)
 
 # ===================================================================================== 5 prediction
 def denoise(logits, sharpness, least):
@@ -512,10 +497,10 @@ def upsample(logits, patch, resized, original):
 
 def decide(logits, patch, resized, original, classes, sharpness=1.0, threshold=0.0):
     """The mask B×H×W uint8 of grid logits B×C×h×w: the best class of every pixel.
-    classes: how many of the C are classes; background words stand behind the classes. The value
-    `classes` is background: where such a word is best, or no class is as probable as the threshold
-    θ: exp(s·logit − logsumexp) < θ is one more logit to lose against, (logsumexp + log θ) / s.
-    resized, original: (height, width) that CLIP saw, and of the file. Memory: LARGEST_MAP numbers;
+    classes: how many of the C are classes; background words stand behind them. The value `classes`
+    is background: such a word is best, or no class is as probable as the threshold θ. That is one
+    more logit to lose against: exp(s·logit − logsumexp) < θ, so (logsumexp + log θ) / s. resized,
+    original: (height, width) that CLIP saw, and of the file. At most LARGEST_MAP numbers at once;
     a larger mask is enlarged by nearest neighbour."""
     shrink = min(1, (LARGEST_MAP / (logits.size(1) * math.prod(original))) ** 0.5)
     size, masks = [max(1, round(shrink * n)) for n in original], []
@@ -560,9 +545,7 @@ def predictor(segmenter):
 
     return predict
 
-# ==================================================================================================
-# The method ends here. Everything below serves it.
-# ==================================================================================================
+# ================================================ The method ends here. Everything below serves it.
 
 # ========================================================================================= 6 metric
 def confusion(label, prediction, classes):
@@ -656,7 +639,7 @@ clock, flag""".replace("\n", " ").split(", ")
 HERE = Path(__file__).resolve().parent
 OXFORD = "https://thor.robots.ox.ac.uk/pascal/VOC/"     # VOC's permanent address since 2026
 ARCHIVE = "https://web.archive.org/web/0id_/"           # the Internet Archive's raw copy of a file
-VOC12, VOC10 = (DATASET_YEAR_DICT[year] for year in ("2012", "2010"))       # file names and md5
+VOC12, VOC10 = (voc.DATASET_YEAR_DICT[year] for year in ("2012", "2010"))       # file names and md5
 # dataset: ([(file, its md5, its address), ...], the folder that holds its images, names)
 DATASETS = {
     "emoji": ([("emoji-voc.tar", "d9da859f2209886288f26aa5c80ceff4",
@@ -671,14 +654,14 @@ DATASETS = {
               "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip")],
             "ADEChallengeData2016", ADE_NAMES)}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-# Words in a file's name that tell an image from its mask, and not from other images.
-KINDS = set("mask masks msk label labels labelids trainids instanceids gt gtfine truth seg segm "
-            "segmentation annotation annotations anno ann overlay matte alpha color colors colour "
-            "image images img imgs photo rgb orig original leftimg8bit sat".split())
+# What tells an image from its mask in a file's name, and not from other images.
+KINDS = re.compile(
+    "(label(train)?id|leftimg8bit|groundtruth|annotation|segmentation|instance|semantic|trimap|"
+    "overlay|original|target|figure|binary|colou?r|alpha|image|label|matte|photo|truth|mask|anno|"
+    "fine|orig|pred|segm|ann|img|lbl|msk|rgb|lab|sat|seg|viz|gt)s?")
 VOID = 255
 
-# An image: its name (path in the folder, without suffix), its file, its label's file or None.
-Sample = namedtuple("Sample", "name image label")
+Sample = namedtuple("Sample", "name image label")       # image, label: files; label may be None
 
 def dataset_folder(cfg):
     """The folder with a dataset's images; fetches and unpacks what is missing. Raises UserError."""
@@ -709,7 +692,7 @@ def fetch(files, root):
         tried = ""
         for url in (address, ARCHIVE + address):
             try:
-                download_url(url, root, name, md5)
+                utils.download_url(url, root, name, md5)
                 break
             except Exception as error:                  # urllib and torchvision have many classes
                 tried += f"; tried {url} ({error})"
@@ -755,31 +738,32 @@ def class_names(cfg):
     """(the classes, each with its synonyms: "person, woman, man"; the background words).
     --names is a file with one class a line, or words and commas; a line "background: sky, wall"
     names what is no class, and so does --background. Raises UserError."""
-    lines, (head, colon, tail) = DATASETS[cfg.dataset][2], cfg.names.partition("background:")
+    source, lines = cfg.names, DATASETS[cfg.dataset][2]
     if os.path.isfile(cfg.names):
         lines = Path(cfg.names).read_text("utf-8-sig", "replace").splitlines()
     elif cfg.names:
-        lines = [*head.split(","), colon + tail]
+        words, colon, rest = cfg.names.partition("background:")
+        source, lines = f"--names {source} (no file)", [*words.split(","), colon + rest]
     names, background = [], []
     for number, line in enumerate([*map(str.strip, lines), f"background:{cfg.background}"], 1):
         words = line.removeprefix("background:").split(",")
         words = [word.strip() for word in words if word.strip()]
         for word in words:
-            if not re.fullmatch(r"[^\W\d_][\w '&+-]*", word):
-                raise UserError(f"{cfg.names}, line {number}: '{word}' is no class name; write "
-                                "words, one class a line, synonyms after commas")
+            if not re.fullmatch(r"[^\W\d_]([\w'&+-]| (?!\d))*", word):
+                raise UserError(f"{source}, line {number}: '{word}' is no class name; write words, "
+                                "one class a line, synonyms after commas")
         if line.startswith("background:"):
             background += words
         elif words:
             names.append(", ".join(words))
-    titles, own = [n.split(", ")[0] for n in names], {w for n in names for w in n.split(", ")}
-    background = [word for word in dict.fromkeys(background) if word not in own]
-    if not 0 < len(names) < VOID or len({*titles}) < len(titles) or "background" in titles:
-        raise UserError(f"{cfg.names}: name 1 to {VOID - 1} classes, each once; what is no class "
+    own = ", ".join(names).lower().split(", ")
+    background = [word for word in dict.fromkeys(background) if word.lower() not in own]
+    if not 0 < len(names) < VOID or len({*own}) < len(own) or "background" in own:
+        raise UserError(f"{source}: name 1 to {VOID - 1} classes, each word once; what is no class "
                         "stands in a line 'background: sky, wall'")
     if len(names) == 1 and not (background or cfg.threshold):
-        raise UserError(f"{cfg.names}: one class alone wins every pixel; add classes, one a line, "
-                        "or 'background: sky, wall', or --threshold 0.5")
+        raise UserError(f"{source}: one class alone wins every pixel; add classes, one a line, or "
+                        "'background: sky, wall', or --threshold 0.5")
     return names, background
 
 def list_samples(folder, split):
@@ -791,7 +775,7 @@ def list_samples(folder, split):
     index = folder / f"ImageSets/Segmentation{kind}" / f"{split}.txt"
     ade = {"train": "training", "val": "validation"}[split]
     if index.is_file() or split == "train" and (folder / "ImageSets").is_dir():
-        images, names = find_images(where), index.read_text("utf-8").split("\n")
+        images, names = find_images(where), index.read_text("utf-8-sig", "replace").split("\n")
     elif (folder / "annotations").is_dir() and (folder / "images" / ade).is_dir():
         where, labels = folder / "images" / ade, folder / "annotations" / ade
         images = names = find_images(where)
@@ -806,6 +790,8 @@ def list_samples(folder, split):
             if not path.is_file():
                 raise UserError(f"{path}: missing, though {index} lists {name}")
         samples.append(Sample(name, image, label if needed else None))
+    if not samples and split == "train":
+        raise UserError(f"{index}: lists no image")
     return samples
 
 def find_images(folder):
@@ -816,8 +802,8 @@ def find_images(folder):
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder).with_suffix("")
         if path.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in inside.parts):
-            words = re.findall(r"[^\W\d_]+|\d+", inside.name.lower())
-            first = seen.setdefault(tuple(w for w in words if w not in KINDS) or inside, path)
+            words = re.findall(r"[^\W\d_]+|\d+", KINDS.sub(" ", inside.name.lower()))
+            first = seen.setdefault(tuple(words) or inside.parent, path)
             if first != path:
                 raise UserError(f"{path}: may be the mask of {first}; give the images alone")
             images[inside.as_posix()] = path
@@ -860,8 +846,9 @@ def load_image(path, longest=None):
     """Any image as 3×H×W uint8 RGB: EXIF applied, 16 bits cut to 8, transparency laid on white,
     made smaller where a side has more than `longest` px."""
     image = ImageOps.exif_transpose(open_image(path, "image"))
-    if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 0xFFFF:
-        raise UserError(f"{path}: holds numbers of 32 bits; convert it to 8 bits")
+    low, high = image.getextrema() if image.mode[0] in "FI" else (0, 0xFFFF)
+    if image.mode == "F" or low < 0 or not 0xFF < high <= 0xFFFF:
+        raise UserError(f"{path}: holds greys that are not of 16 bits; convert it to 8 bits")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
@@ -876,7 +863,8 @@ def load_label(path, size, names, base=1):
     size: (height, width) of its image. base: the first class's value. With 1, VOC's background (0)
     is the last of names where that is "background", else void."""
     image = open_image(path, "mask")
-    mode, label, colours = image.mode, np.array(image), image.getpalette() or []
+    mode = "JPEG" if image.format == "JPEG" else image.mode             # JPEG moves the values
+    label, colours = np.array(image), image.getpalette() or []
     C, used = len(names) - (names[-1] == "background"), np.unique(label).tolist()
     wrong = [v for v in used if v >= C + base and v != VOID]
     entry = lambda flat, v: tuple(flat[3 * v:3 * v + 3])
@@ -886,8 +874,8 @@ def load_label(path, size, names, base=1):
             (mode not in ("P", "L"), f"holds {mode}, not one class number a pixel (palette PNG)"),
             (label.shape[:2] != tuple(size), "has another size than its image"),
             (wrong, f"holds {wrong[:1]}, with {C} classes from {base} on (255: void)"),
-            (None not in meant and meant != used, "has VOC's colours under other numbers, as "
-             "programs write that sort palettes; save it with VOC's palette")]:
+            (meant.count(None) < 2 and any(m and m != v for m, v in zip(meant, used)),
+             "has VOC's colours under other numbers; save it with VOC's palette")]:
         if bad:
             raise UserError(f"{path}: the mask {message}")
     values = np.arange(256, dtype=np.uint8) - base
@@ -917,7 +905,8 @@ def batches_of_one_size(samples, read, about):
     AT_ONCE images and LARGEST_BATCH pixels. about: the label of the progress bar."""
     def size(sample):                                   # from the header, as EXIF turns it
         with Image.open(sample.image) as image:
-            return image.size if image.getexif().get(0x0112, 1) > 4 else image.size[::-1]
+            turned = image.getexif().get(0x0112, 1) > 4 and image.format != "TIFF"  # is by itself
+            return image.size if turned else image.size[::-1]
 
     sizes, batches = list(read_ahead(size, samples)), []
     order = sorted(range(len(samples)), key=sizes.__getitem__)
@@ -949,8 +938,7 @@ def subsample(samples, count):
     return samples[::math.ceil(len(samples) / count)]
 
 def clip_view(images, side, view):
-    """What CLIP's image feature is made of: images ..×3×H×W, the shorter side `side` px, and of
-    that the square in the middle unless view is "whole"."""
+    """What CLIP's image feature sees: short side `side` px, the middle square or view "whole"."""
     if max(images.shape[-2:]) > 8 * min(images.shape[-2:]):                 # cost is bounded
         images = v2.functional.center_crop(images, [8 * min(images.shape[-2:])] * 2)
     x = resize_to_fit(images, (10 ** 6, side), v2.InterpolationMode.BICUBIC)    # as CLIP's own
@@ -966,15 +954,15 @@ def slide(dense, x, patch, cfg):
     a pixel has the mean of those that see it, B×C×H×W: the protocol of SCLIP, ClearCLIP, NACLIP."""
     if not cfg.window:
         return dense(x), patch
-    side, total, count = cfg.window, {}, 0
+    side, total, count = cfg.window, {}, torch.zeros_like(x[:1, :1]).float()    # 1 1 H W
     tops, lefts = (window_starts(n, side, cfg.stride or -(-side // 2)) for n in x.shape[-2:])
     for i, j in itertools.product(tops, lefts):
-        window = x[..., i:i + side, j:j + side]
-        place = j, x.size(-1) - j - window.size(-1), i, x.size(-2) - i - window.size(-2)
-        for name, logits in dense(window).items():
-            pixels = upsample(logits, patch, window.shape[-2:], window.shape[-2:])
-            total[name] = total.get(name, 0) + F.pad(pixels, place)
-        count = count + F.pad(torch.ones(window.shape[-2:], device=x.device), place)
+        at = ..., slice(i, i + side), slice(j, j + side)
+        count[at] += 1
+        for name, logits in dense(x[at]).items():
+            B, C = logits.shape[:2]
+            full = total.setdefault(name, logits.new_zeros(B, C, *x.shape[-2:]))
+            full[at] += upsample(logits, patch, x[at].shape[-2:], x[at].shape[-2:])
     return {name: logits / count for name, logits in total.items()}, 1
 
 def draw_view():
@@ -1025,10 +1013,10 @@ def paint(mask, names, pale):
     painted[pale] = 0.25 * painted[pale] + 0.75 * 255
     return painted.byte().numpy()
 
-def figure4(predict, samples, names, base=1, side=1.5):
+def figure4(predict, samples, names, base=1):
     """Fig. 4: rows image, ground truth (where there is one), one a method of `predict`; a column
-    per sample, `side` inches wide. Where ground truth is void nothing is scored, and it is pale."""
-    figure, seen = Figure(layout="constrained"), set()
+    per sample. Where ground truth is void nothing is scored, and predictions are pale."""
+    figure, seen, side = Figure(layout="constrained"), set(), 12 / max(3, len(samples))     # inches
     axis = figure.subplots()                            # one, of cells 1×1: dozens would be slow
     for k, sample in enumerate(samples):
         image, label = read_pair(sample, names, base)
@@ -1041,9 +1029,8 @@ def figure4(predict, samples, names, base=1, side=1.5):
         h, w = (0.475 * n / max(image.shape) for n in image.shape[1:])
         for r, cell in enumerate(cells.values()):
             axis.imshow(cell, extent=(k - w, k + w, r + h, r - h), interpolation="nearest")
-    axis.set(xlim=(-0.5, len(samples) - 0.5), ylim=(len(cells) - 0.5, -0.5), aspect="equal")
-    axis.set_xticks([])
-    axis.set_yticks(range(len(cells)), cells)
+    axis.set(xlim=(-0.5, len(samples) - 0.5), ylim=(len(cells) - 0.5, -0.5), aspect="equal",
+             xticks=[], yticks=range(len(cells)), yticklabels=cells)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     patches = [Patch(facecolor=[v / 255 for v in colour(c, names)], edgecolor="black",
@@ -1054,9 +1041,8 @@ def figure4(predict, samples, names, base=1, side=1.5):
     return figure
 
 def figure1a(found, least=20):
-    """Fig. 1(a): mean IoU of the objects in each ring around the image's centre, a line per method.
-    found: {method: `objects`}. Rings are 40 px wide as in the paper, 10 on small images; a ring
-    with fewer than `least` objects is merged with the next."""
+    """Fig. 1(a): mean IoU of {method: objects} in rings around the image's centre, 40 px wide as in
+    the paper, 10 on small images; one of fewer than `least` objects is merged with the next."""
     figure = Figure((8, 4.6), layout="constrained")
     axis = figure.subplots()
     for marker, (method, things) in zip("os^D", found.items()):
@@ -1071,7 +1057,6 @@ def figure1a(found, least=20):
     axis.set_xticks(range(len(rings)), ticks)
     axis.set(xlabel="distance of the object from the image's centre, px", ylabel="mean IoU, %",
              ylim=(0, None), title="Fig. 1(a): objects that the image does not cut")
-    axis.grid(axis="y", alpha=0.4)
     axis.legend()
     return figure
 
@@ -1088,18 +1073,20 @@ TEMPLATES = [*open_clip.OPENAI_IMAGENET_TEMPLATES,
              *(f"{start} {{}} in the scene.".format for start in SCENE)]
 
 def load_clip(cfg, device):
-    """(open_clip's model, frozen, with buffers `mean`, `std`: 3×1×1; its tokenizer), or UserError.
-    """
+    """(open_clip's model, frozen, with buffers mean and std 3×1×1; its tokenizer) or UserError."""
     scheme, _, folder = cfg.clip.rpartition(":")
     name, file = cfg.clip, Path(cfg.pretrained)
     if scheme == "local-dir" and not Path(folder).is_dir():
         name = f"{scheme}:{HERE / folder}"
-    tag = dict(load_weights=False) if file.suffix else dict(pretrained=cfg.pretrained or None,
-                                                            require_pretrained=True)
+    weights = dict(pretrained=cfg.pretrained or None, require_pretrained=True)
     try:
-        clip = open_clip.create_model(name, **tag, device=device, force_custom_text=True)
-        if file.suffix:
-            clip.load_state_dict(weights_of(file))
+        from_file = cfg.pretrained and (scheme or file.suffix or file.is_file())
+        state, openai = weights_of(file) if from_file else (None, False)
+        if state:
+            weights = dict(load_weights=False, force_quick_gelu=openai and not cfg.recipe)
+        clip = open_clip.create_model(name, **weights, device=device, force_custom_text=True)
+        if state:
+            clip.load_state_dict(state)
         tokenizer, towers = open_clip.get_tokenizer(name), [clip.visual, clip.text]
         if [type(tower).__name__ for tower in towers] != ["VisionTransformer", "TextTransformer"]:
             raise ValueError("its towers are not CLIP's own ViT and text transformer")
@@ -1114,17 +1101,16 @@ def load_clip(cfg, device):
     return clip.eval().requires_grad_(False), tokenizer
 
 def weights_of(file):
-    """The state dict in a file of weights: OpenAI's own TorchScript, or one of open_clip."""
+    """(the state dict in a file, whether it is OpenAI's TorchScript, trained with QuickGELU)."""
     try:
         state = torch.jit.load(file, map_location="cpu").state_dict()
-        state = {k: v for k, v in state.items() if v.ndim or k == "logit_scale"}    # no settings
-    except RuntimeError:                                # not TorchScript
-        state = open_clip.factory.load_state_dict(str(file))
-    return open_clip.model.convert_to_custom_text_state_dict(state)
+        state, openai = {k: v for k, v in state.items() if v.ndim or k == "logit_scale"}, True
+    except RuntimeError:                                # not TorchScript, but a file of open_clip
+        state, openai = open_clip.factory.load_state_dict(str(file)), False
+    return open_clip.model.convert_to_custom_text_state_dict(state), openai
 
 def name_tokens(clip, tokenizer, names):
-    """(the names' tokens and EOT, C×n int, padded with 0; L, as many prompt tokens as fit), or a
-    UserError for a name that leaves no room for a prompt."""
+    """(the names' tokens and EOT, C×n int, padded with 0; L, how many prompt tokens fit)."""
     tokens = tokenizer(names)[:, 1:]                                        # drop SOS
     context = clip.text.positional_embedding.size(0)
     longest = int(tokens.argmax(1).max()) + 1                               # EOT is the largest
@@ -1155,12 +1141,12 @@ def save(path, state):
 
 def load(path, part="rectifier"):
     """A checkpoint of rectify.py, or with part "student" of distill.py. Raises UserError."""
-    maker = {"rectifier": "rectify.py", "student": "distill.py"}[part]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["config"], state["names"], state["background"], state["images"], state[part]
+        [state[key] for key in ("config", "names", "background", "images", part)]
     except Exception as error:      # torch.load has no error class of its own for other files
-        raise UserError(f"{path}: no checkpoint of {maker} ({type(error).__name__}); run {maker}")
+        raise UserError(f"{path}: no checkpoint with a {part} ({type(error).__name__}); make it "
+                        "with rectify.py or distill.py")
     return state
 
 def compare(path, state, config, free, typed):
@@ -1218,8 +1204,7 @@ def look_at_masks(masks, words, bar):
     return {"agreement": round(same, 4), "never": never}
 
 # ===================================================================================== 12 processes
-# Rank, world size and local rank from torchrun; 0, 1, 0 without it.
-RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in (
+RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in (     # of torchrun
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 tqdm = functools.partial(tqdm, disable=True) if RANK > 0 else tqdm
 
@@ -1239,12 +1224,27 @@ def pick_device(cfg):
 def in_bf16(device):
     """Autocast to bfloat16, where the hardware has it, for what is large: CLIP's image tower, and
     the student in training. Not for the text encoder: a step has few tokens for it."""
-    if device.type == "cuda":
-        has = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        can = getattr(torch.cpu, "get_capabilities", dict)()            # older torch does not tell
-        has = any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    can = getattr(torch.cpu, "get_capabilities", dict)()                # older torch does not tell
+    has = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+           any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")))
     return torch.autocast(device.type, torch.bfloat16, enabled=has)
+
+ALL_THREADS = torch.get_num_threads()
+
+def tune_threads(work, device):
+    """Compute on the CPU with the number of threads, which is returned, that does `work` fastest:
+    all, half or one. Beside other programs all wait for the thread whose core is taken. Nothing
+    changes where OMP_NUM_THREADS is set."""
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        seconds = {}
+        for n in 2 * sorted({ALL_THREADS, -(-ALL_THREADS // 2), 1}, reverse=True):
+            torch.set_num_threads(n)
+            started = time.perf_counter()
+            work()
+            seconds[n] = min(seconds.get(n, math.inf), time.perf_counter() - started)
+        seconds[ALL_THREADS] *= 0.9                                     # fewer must clearly pay
+        torch.set_num_threads(min(seconds, key=seconds.get))
+    return torch.get_num_threads()
 
 def over_ranks(tensor):
     """The sum of a tensor over all processes."""
@@ -1265,9 +1265,8 @@ def reseed(seed, number):
     torch.manual_seed(int(np.random.SeedSequence([seed, RANK, number]).generate_state(1)[0]))
 
 def allocate(shape, dtype, device, out):
-    """An empty tensor of a NumPy dtype for the features: on the GPU where 3 GB stay free (for
-    --finetune 9), else in a nameless file in the folder `out`, which the system keeps in memory
-    while it can. Raises UserError where the disk is too small."""
+    """An empty tensor of a NumPy dtype: on the GPU where 3 GB stay free (for --finetune 9), else
+    in a nameless file in the folder `out`, which the system keeps in memory. Raises UserError."""
     need = math.prod(shape) * np.dtype(dtype).itemsize                      # bytes
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -1281,14 +1280,11 @@ def allocate(shape, dtype, device, out):
 class UserError(Exception):
     """Something that the user can mend: shown as one line, exit code 2."""
 
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The script's docstring as it stands, and the default of every option."""
-
 def configure(kept=None, /, **typed):
     """The complete Config: what was typed, over the recipe of the dataset and the method.
     kept: the settings of a checkpoint, which then replace the recipe. Raises UserError."""
     if kept is None:
-        dataset = typed.get("dataset", "voc" if typed.get("data") else "emoji")
+        dataset = typed.get("dataset", "voc" if typed.keys() & {"data", "image"} else "emoji")
         method = typed.get("method", RECIPES[dataset].get("method", "reclip"))
         name = Path(typed["data"]).resolve().name if typed.get("data") else dataset
         name += "-maskclip" if method == "maskclip" else ""         # beside a trained run
@@ -1312,8 +1308,9 @@ def command_line(config, doc, settings, argv=None):
     """What was typed, {field: value}. The options are the lines of the dataclass `config`: a
     comment line opens a group, the comment behind a field is its help.
     settings: from what was typed to the complete config, whose values --help shows."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False,
-                                     add_help=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=doc, allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     group, kinds = parser, {f.name: f.type for f in fields(config)}
     for line in inspect.getsource(config).splitlines():
         if title := re.fullmatch(r"    # (\w+)", line):
@@ -1324,7 +1321,8 @@ def command_line(config, doc, settings, argv=None):
             about = (dict(action="store_true") if kind is bool else
                      dict(type=values[0], nargs=len(values)) if get_origin(kind) is tuple else
                      dict(type=type(values[-1]), choices=values) if values else dict(type=kind))
-            group.add_argument("--" + option[1].replace("_", "-"), help=option[2], **about)
+            group.add_argument("--" + option[1].replace("_", "-"), **about,
+                               help=f"{option[2]} (default %(default)s)")
     parser.add_argument("-h", "--help", action="store_true", help="show this page and exit")
     typed = {name: tuple(v) if isinstance(v, list) else v
              for name, v in vars(parser.parse_args(argv)).items()}
@@ -1338,8 +1336,7 @@ def newest(name, root="runs"):
     """The newest file of this name in a run's folder. Raises UserError where there is none."""
     runs = sorted(Path(root).glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
     if not runs:
-        maker = {"rectify.pt": "rectify.py", "student.pt": "distill.py"}[name]
-        raise UserError(f"{root}/: holds no run with {name}; make one with `python {maker}`")
+        raise UserError(f"{root}/: holds no {name}; run rectify.py, then distill.py")
     return runs[-1]
 
 def versions():
@@ -1350,8 +1347,7 @@ def versions():
 def run(main):
     """Call a script's main. What the user can mend is one line and exit code 2."""
     if WORLD > 1:
-        both = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        distributed.init_process_group(both)
+        distributed.init_process_group("cpu:gloo" + ",cuda:nccl" * torch.cuda.is_available())
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     try:
         main()
@@ -1383,26 +1379,25 @@ def segment(segmenter):
         masks = predict(load_image(path)[None])
         mask = (masks[cfg.method][0].cpu() + 1) % (C + 1)
         write(out / f"{name}.mask.png", palette_png(mask.numpy()))
-        figure = figure4(lambda _: masks, [Sample(name, path, None)], segmenter.classes, side=4)
+        figure = figure4(lambda _: masks, [Sample(name, path, None)], segmenter.classes)
         save_figure(figure, out / f"{name}.figure.png")
     print(f"wrote {out}/{name}.mask.png and .figure.png, for each of {len(images)} images")
 
-def measure(segmenter, samples, val, out, seconds):
+def measure(segmenter, samples, val, out, started):
     """Measure on labelled images: the table, rectify.json and the figures. Without labels draw
-    Fig. 4 of training images alone. seconds: what the stages before took."""
-    cfg, names, started = segmenter.cfg, segmenter.classes, time.time()
+    Fig. 4 of training images alone. started: when the run did."""
+    cfg, names = segmenter.cfg, segmenter.classes
     predict, name_images = predictor(segmenter), functools.partial(hypothesize, segmenter)
     if not val:
         return save_figure(figure4(predict, subsample(samples, 8), names), out / "figure4.png")
     results, found, y = evaluate(predict, val, names, cfg.label_base, name_images)
-    seconds["evaluation"] = round(time.time() - started, 1)
     write(out / "rectify.json", json.dumps({
         "results": results, "hypothesis": y, "config": asdict(cfg), "versions": versions(),
-        "seconds": seconds}, indent=1))
+        "seconds": round(time.time() - started, 1)}, indent=1))
     save_figure(figure1a(found), out / "figure1a.png")
     far = sorted(found["maskclip"], key=lambda thing: -thing[0])            # Fig. 5: farthest out
-    far = [*dict.fromkeys(sample for *_, sample in far)][:8] or val[:8]
-    for number, some in (4, subsample(val, 8)), (5, far):
+    far = [*dict.fromkeys(sample for *_, sample in far)] or val
+    for number, some in (4, subsample(val, 8)), (5, far[:8]):
         save_figure(figure4(predict, some, names, cfg.label_base), out / f"figure{number}.png")
     print_table(results, names)
     print("hypothesis on val: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in y.items()))
@@ -1435,7 +1430,7 @@ def main(argv=None):
     if cfg.resume and state and state["images"] != [sample.name for sample in samples]:
         raise UserError(f"{folder}: the training images are not those of {out}; leave out --resume")
     out.mkdir(parents=True, exist_ok=True)
-    segmenter, seconds = Segmenter(cfg, names, background, state), {}
+    segmenter = Segmenter(cfg, names, background, state)
     if val:
         check_labels(val, segmenter.classes, cfg.label_base)
     print(f"{cfg.method} on {folder}: {len(samples)} images to learn from, {len(val)} to measure "
@@ -1443,14 +1438,12 @@ def main(argv=None):
     if not cfg.eval and segmenter.rectifier and (not state or "optimizer" in state):
         data = training_data(segmenter, own_share(samples))
         print(f"hypothesis: {data[2].float().sum(1).mean():.2f} classes an image")
-        seconds["features"] = round(time.time() - started, 1)
         train(segmenter, data, samples, out, state)
-        seconds["training"] = round(time.time() - started - seconds["features"], 1)
-    if RANK == 0:
-        if seconds:
+        if RANK == 0:
             save(out / "rectify.pt", contents(segmenter, samples))
             (out / "rectify.partial.pt").unlink()
-        measure(segmenter, samples, val, out, seconds)
+    if RANK == 0:
+        measure(segmenter, samples, val, out, started)
         print(f"{time.time() - started:.0f} s in all. Wrote {', '.join(map(str, out.iterdir()))}")
 
 if __name__ == "__main__":
