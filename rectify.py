@@ -277,7 +277,7 @@ def pack_prompts(text, V, tokens):
 
 def similarity(f, T):
     """f·Tᵀ at every patch: B×D×h×w and C×D to B×C×h×w, cosines in [-1, 1] where both are unit."""
-    return torch.einsum("bdhw,cd->bchw", f, T)
+    return (T @ f.flatten(2)).unflatten(2, f.shape[2:])
 
 def conv_bn_relu(c_in, c_out):
     """3×3 convolution, BatchNorm, ReLU; the weights start as kaiming-normal, fan-out."""
@@ -667,8 +667,7 @@ def dataset_folder(cfg):
     """The folder with a dataset's images; fetches and unpacks what is missing. Raises UserError."""
     if cfg.data:
         return Path(cfg.data)
-    files, inside, _ = DATASETS[cfg.dataset]
-    root = Path(cfg.root)
+    (files, inside, _), root = DATASETS[cfg.dataset], Path(cfg.root)
     target = root / f"{cfg.dataset}-{files[0][1][:6]}"  # another version unpacks to another folder
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{cfg.dataset}.lock"):        # a second first run waits for the first
@@ -1007,9 +1006,8 @@ def colour(c, names=()):
 
 def paint(mask, names, pale):
     """A mask H×W in the colours of `names`, void white, pale where `pale` H×W is: H×W×3 uint8."""
-    colours = torch.full((VOID + 1, 3), 255.0)
-    colours[:len(names)] = torch.tensor([colour(c, names) for c in range(len(names))]).float()
-    painted = colours[mask.long()]                                          # H W 3
+    colours = [colour(c, names) for c in range(len(names))] + (256 - len(names)) * [(255,) * 3]
+    painted = torch.tensor(colours).float()[mask.long()]                    # H W 3
     painted[pale] = 0.25 * painted[pale] + 0.75 * 255
     return painted.byte().numpy()
 
@@ -1036,8 +1034,7 @@ def figure4(predict, samples, names, base=1):
     patches = [Patch(facecolor=[v / 255 for v in colour(c, names)], edgecolor="black",
                      label=names[c]) for c in sorted(seen)]
     figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False)
-    figure.set_size_inches(max(8, len(samples) * side + 1),
-                           len(cells) * side + 0.3 + 0.25 * math.ceil(len(seen) / 6))
+    figure.set_size_inches(max(8, len(samples) * side + 1), len(cells) * side + 0.5 + len(seen) / 24)
     return figure
 
 def figure1a(found, least=20):
@@ -1053,8 +1050,7 @@ def figure1a(found, least=20):
                 edges.append(edge)
         rings = [(far >= a) & (far < b) for a, b in zip(edges, [*edges[1:], np.inf])]
         axis.plot([ious[ring].mean() for ring in rings], marker=marker, linewidth=2, label=method)
-    ticks = [f"from {edge}\nn={ring.sum()}" for edge, ring in zip(edges, rings)]
-    axis.set_xticks(range(len(rings)), ticks)
+    axis.set_xticks(range(len(rings)), [f"from {a}\nn={r.sum()}" for a, r in zip(edges, rings)])
     axis.set(xlabel="distance of the object from the image's centre, px", ylabel="mean IoU, %",
              ylim=(0, None), title="Fig. 1(a): objects that the image does not cut")
     axis.legend()
@@ -1064,6 +1060,13 @@ def save_figure(figure, path):
     """Write a matplotlib Figure as a PNG."""
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=120)
     write(path, buffer.getvalue())
+
+def save_galleries(predict, val, found, names, base, out):
+    """Fig. 4, and Fig. 5: the same of the eight objects farthest from the centre of their image."""
+    far = sorted(found["maskclip"], key=lambda thing: -thing[0])
+    far = [*dict.fromkeys(sample for *_, sample in far)] or val
+    for number, samples in (4, subsample(val, 8)), (5, far[:8]):
+        save_figure(figure4(predict, samples, names, base), out / f"figure{number}.png")
 
 # ================================================================================== 10 loading CLIP
 
@@ -1395,10 +1398,7 @@ def measure(segmenter, samples, val, out, started):
         "results": results, "hypothesis": y, "config": asdict(cfg), "versions": versions(),
         "seconds": round(time.time() - started, 1)}, indent=1))
     save_figure(figure1a(found), out / "figure1a.png")
-    far = sorted(found["maskclip"], key=lambda thing: -thing[0])            # Fig. 5: farthest out
-    far = [*dict.fromkeys(sample for *_, sample in far)] or val
-    for number, some in (4, subsample(val, 8)), (5, far[:8]):
-        save_figure(figure4(predict, some, names, cfg.label_base), out / f"figure{number}.png")
+    save_galleries(predict, val, found, names, cfg.label_base, out)
     print_table(results, names)
     print("hypothesis on val: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in y.items()))
 
