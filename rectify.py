@@ -1034,7 +1034,7 @@ def figure4(predict, samples, names, base=1):
     patches = [Patch(facecolor=[v / 255 for v in colour(c, names)], edgecolor="black",
                      label=names[c]) for c in sorted(seen)]
     figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False)
-    figure.set_size_inches(max(8, len(samples) * side + 1), len(cells) * side + 0.5 + len(seen) / 24)
+    figure.set_size_inches(max(8, side * len(samples) + 1), side * len(cells) + len(seen) / 24 + 1)
     return figure
 
 def figure1a(found, least=20):
