@@ -38,6 +38,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -348,8 +349,9 @@ class Segmenter(nn.Module):
     def __init__(self, cfg, names, background=(), state=None):
         super().__init__()
         self.cfg, self.names, self.background = cfg, names, [*background]
-        words, titles = [*names, *background], [name.split(", ")[0] for name in names]
-        self.classes = titles + ["background"] * bool(background or cfg.threshold)  # of a mask
+        self.words = words = [*names, *background]                          # C
+        self.classes = [name.split(", ")[0] for name in names]              # of a mask
+        self.classes += ["background"] * bool(background or cfg.threshold)
         self.device = pick_device(cfg)
         self.clip, self.tokenizer = load_clip(cfg, self.device)
         self.clip_before = copy.deepcopy(self.clip) if cfg.finetune else self.clip  # MaskCLIP's
@@ -470,9 +472,8 @@ def train(segmenter, data, samples, out, state=None):
             mean += loss.detach() * len(i) / N
             masks += (M.detach() * inside[:, None]).sum(0)                  # C h w
             bar.update()
-        words = [*segmenter.names, *segmenter.background]
         entry = dict(loss=over_ranks(mean).item() / WORLD, lr=poly.get_last_lr()[0],
-                     threads=threads, **look_at_masks(over_ranks(masks), words, bar))
+                     threads=threads, **look_at_masks(over_ranks(masks), segmenter.words, bar))
         poly.step()
         end_epoch(out, "rectify", entry, log, bar, epoch + 1 == cfg.epochs, lambda: contents(
             segmenter, samples) | {"optimizer": optimizer.state_dict()})
@@ -642,8 +643,8 @@ ARCHIVE = "https://web.archive.org/web/0id_/"           # the Internet Archive's
 VOC12, VOC10 = (voc.DATASET_YEAR_DICT[year] for year in ("2012", "2010"))       # file names and md5
 # dataset: ([(file, its md5, its address), ...], the folder that holds its images, names)
 DATASETS = {
-    "emoji": ([("emoji-voc.tar", "d9da859f2209886288f26aa5c80ceff4",
-                (HERE / "tests/emoji/emoji-voc.tar").as_uri())], "VOCdevkit/VOC2012", VOC_NAMES),
+    "emoji": ([(str(HERE / "tests/emoji/emoji-voc.tar"), "d9da859f2209886288f26aa5c80ceff4", "")],
+              "VOCdevkit/VOC2012", VOC_NAMES),          # it lies there, and needs no address
     "voc": ([(VOC12["filename"], VOC12["md5"], f"{OXFORD}voc2012/{VOC12['filename']}")],
             "VOCdevkit/VOC2012", VOC_NAMES),
     "context": ([(VOC10["filename"], VOC10["md5"], f"{OXFORD}voc2010/{VOC10['filename']}"),
@@ -716,8 +717,8 @@ def decode_rle(counts, size):
 
 def convert_context(folder, annotations):
     """Write PASCAL Context's 59 classes into VOC2010's folder: SegmentationClassContext/*.png
-    (class c as c + 1, all else 0) and ImageSets/SegmentationContext/{train,val}.txt.
-    annotations: trainval_merged.json; the names of its fields are those that public readers use."""
+    (class c as c + 1, all else 0), ImageSets/SegmentationContext/{train,val}.txt. annotations:
+    trainval_merged.json, whose fields have the names that public readers use."""
     value, pieces, names = {c: k + 1 for k, c in enumerate(CONTEXT_IDS)}, {}, {}
     data = json.loads(annotations.read_text("utf-8"))
     for piece in data["annos_segmentation"]:
@@ -906,7 +907,6 @@ def batches_of_one_size(samples, read, about):
         with Image.open(sample.image) as image:
             turned = image.getexif().get(0x0112, 1) > 4 and image.format != "TIFF"  # is by itself
             return image.size if turned else image.size[::-1]
-
     sizes, batches = list(read_ahead(size, samples)), []
     order = sorted(range(len(samples)), key=sizes.__getitem__)
     for (h, w), group in itertools.groupby(order, sizes.__getitem__):
@@ -1213,12 +1213,14 @@ tqdm = functools.partial(tqdm, disable=True) if RANK > 0 else tqdm
 
 def pick_device(cfg):
     """The torch device that --device means, under torchrun this process's. Raises UserError."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    with warnings.catch_warnings(action="ignore"):      # PyTorch's own of ten lines
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if cfg.device == "auto" and torch.cuda.device_count() > gpus:
+        print(f"warning: the GPU's driver is too old for PyTorch {torch.__version__}: CPU it is")
     if cfg.device == "cpu" or cfg.device == "auto" and not gpus:
         return torch.device("cpu")
     if LOCAL >= gpus:
-        raise UserError(f"--device {cfg.device}: this is process {LOCAL + 1}, and PyTorch "
-                        f"{torch.__version__} can use {gpus} GPUs; is the driver too old for it?")
+        raise UserError(f"--device {cfg.device}: for process {LOCAL + 1} PyTorch finds {gpus} GPUs")
     torch.cuda.set_device(LOCAL)
     torch.set_float32_matmul_precision("high")          # TF32: as many bits as features are kept in
     torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for every size of an image
@@ -1415,10 +1417,8 @@ def main(argv=None):
         print(f"going on with {path}")
         compare(path, state, Config, FREE, typed)
         cfg = configure(state["config"], **{"out": str(Path(path).parent)} | typed)
-    kept = state and (state["names"], state["background"])
-    asked = not state or typed.keys() & {"names", "background", "resume"}
-    names, background = class_names(cfg) if asked else kept
-    if state and (names, background) != kept:
+    names, background = (state["names"], state["background"]) if state else class_names(cfg)
+    if typed.keys() & {"names", "background", "resume"} and class_names(cfg) != (names, background):
         raise UserError(f"{path}: has other class names; for any words give --method maskclip")
     if cfg.names:
         print(f"{len(names)} classes: {'; '.join(names)}; background: {', '.join(background)}")
