@@ -905,7 +905,7 @@ def batches_of_one_size(samples, read, about):
     AT_ONCE images and LARGEST_BATCH pixels. about: the label of the progress bar."""
     def size(sample):                                   # from the header, as EXIF turns it
         with Image.open(sample.image) as image:
-            turned = image.getexif().get(0x0112, 1) > 4 and image.format != "TIFF"  # is by itself
+            turned = image.getexif().get(0x0112) in (5, 6, 7, 8) and image.format != "TIFF"
             return image.size if turned else image.size[::-1]
     sizes, batches = list(read_ahead(size, samples)), []
     order = sorted(range(len(samples)), key=sizes.__getitem__)
@@ -1409,10 +1409,10 @@ def main(argv=None):
     cfg = configure(**typed)
     if cfg.image and WORLD > 1:
         raise UserError("--image: runs in one process; start it without torchrun")
-    if cfg.data and not (cfg.names or "dataset" in typed):
+    vocs = cfg.dataset == "context" and not Path(cfg.data, "ImageSets/SegmentationContext").is_dir()
+    if cfg.data and not cfg.names and ("dataset" not in typed or vocs):     # vocs: other labels
         raise UserError("--data: needs --names, a file with one class name a line")
-    path = checkpoint(cfg, typed)
-    state = load(path) if path else None
+    state = load(path) if (path := checkpoint(cfg, typed)) else None
     if state:
         print(f"going on with {path}")
         compare(path, state, Config, FREE, typed)
