@@ -52,10 +52,8 @@ PROVIDERS = {"cpu": ["CPU"], "cuda": ["CUDA", "CPU"], "tensorrt": ["Tensorrt", "
 
 def open_model(path, provider="cpu", cuda=CUDA):
     """An ONNX Runtime session. provider: of PROVIDERS, or "auto": CUDA where there is a GPU.
-
     ONNX Runtime falls back to the CPU without an exception. Here that is an error where the
-    provider was named, else a warning. cuda: options of the CUDA provider. Raises UserError.
-    """
+    provider was named, else a warning. cuda: options of the CUDA provider. Raises UserError."""
     wanted = provider if provider != "auto" else "cuda" if shutil.which("nvidia-smi") else "cpu"
     options = onnxruntime.SessionOptions()
     cores = getattr(os, "sched_getaffinity", lambda process: [])    # Linux knows which are ours
@@ -89,7 +87,6 @@ def classes_of(session, path):
 
 def read_image(path):
     """(RGB image of at most LARGEST px a side, the file's own size (W, H) in px).
-
     As rectify.load_image reads it: EXIF rotation is applied, 16-bit greys are cut to 8 bits,
     transparency is laid on white. Raises UserError, also beyond Pillow's limit of 179 megapixels.
     """
@@ -153,11 +150,9 @@ def centres(size, target, device=None):
 
 def resize_matrix(size, target, device=None):
     """A, target×size, rows of sum 1: A x resizes x as PyTorch's antialiased bilinear resize does.
-
     Each row is a triangle around the centre of its pixel, which ends a pixel of the smaller image
     away: A_ij ∝ max(0, 1 − |j + ½ − c_i| / max(1, size / target)). ONNX's Resize has this filter as
-    an attribute, antialias, which some runtimes ignore; they all multiply matrices.
-    """
+    an attribute, antialias, which some runtimes ignore; they all multiply matrices."""
     import torch
     pixels = torch.arange(size, device=device) + 0.5                                # size
     distance = (pixels - centres(size, target, device)[:, None]).abs()              # target size
@@ -171,7 +166,6 @@ def resize(x, h, w):
 
 def image_to_mask(student, size, classes, threshold=0.0, probabilities=False):
     """The module that is exported: uint8 RGB images B×H×W×3 to uint8 masks B×H×W.
-
     size: (long, short) in px, from which distill.student_size makes what the network sees; or the
     side of a square to which images are stretched: convolutions then have one shape. The mask is
     decided at a long side of at most DECIDED px (or the network's, where that is longer) and
@@ -180,10 +174,10 @@ def image_to_mask(student, size, classes, threshold=0.0, probabilities=False):
     classes: C; of the student's Q channels those beyond C are background words. With such words or
     a threshold > 0 the mask is 0 for background and c + 1 for class c, else c. With `probabilities`
     the module returns (mask, B×K×h×w float32), h×w the size at which the mask is decided. The
-    background's probability is the larger of its words' best and the threshold.
-    """
+    background's probability is the larger of its words' best and the threshold."""
     import torch
-    from distill import prepare, student_size
+    from distill import student_size
+    from rectify import normalize
 
     class ImageToMask(torch.nn.Module):
         def __init__(self):
@@ -193,8 +187,8 @@ def image_to_mask(student, size, classes, threshold=0.0, probabilities=False):
         def forward(self, image):
             H, W = image.shape[1:3]
             h, w = (size, size) if isinstance(size, int) else student_size(H, W, size)
-            x = resize(image.permute(0, 3, 1, 2).float(), h, w) / 255               # B 3 h w
-            logits, _ = self.student(prepare(x).to(student.aspp[0].weight.dtype))   # B Q h/8 w/8
+            x = normalize(student, resize(image.permute(0, 3, 1, 2).float(), h, w))  # B 3 h w
+            logits, _ = self.student(x.to(student.aspp[0].weight.dtype))            # B Q h/8 w/8
             most = torch.sym_max(torch.sym_max(h, w), DECIDED)
             longest = torch.sym_max(torch.sym_max(H, W), most)
             h, w = (torch.sym_max(n * most // longest, 1) for n in (H, W))
@@ -238,7 +232,6 @@ def write_onnx(module, path, meta):
 
 def write_int8(source, path, samples, meta):
     """Quantise an fp32 file of ours, calibrated on the samples' images.
-
     QDQ format; uint8 activations; int8 weights with a scale a channel. Weights keep 7 bits
     (reduce_range): processors without VNNI add two products in 16 bits, which 8 bits overflow; with
     VNNI the eighth bit gains no speed. Only convolutions: more would gain none and lose accuracy.
@@ -263,10 +256,8 @@ BOUNDS = {"student.onnx": (0.001, 0.01, 0.1), "student.fp16.onnx": (0.02, 0.2, 0
 
 def check(module, sessions, train, val, names, base=1):
     """Compare files with PyTorch on real images: ({file: numbers}, rectify.evaluate's results).
-
     module: an image_to_mask with probabilities. sessions: {file: session}. names, base: as
-    rectify.evaluate's. Without labelled images training images serve, and there is no mIoU.
-    """
+    rectify.evaluate's. Without labelled images training images serve, and there is no mIoU."""
     import torch
     from rectify import evaluate, subsample
     found, results = {name: [] for name in sessions}, {}

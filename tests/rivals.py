@@ -21,7 +21,6 @@ Read it from top to bottom: 1 settings, 2 sentences and training, 3 ReCo, 4 CLIP
 section. U: the sentences of a batch, equal ones counted once.
 """
 import argparse
-import contextlib
 import copy
 import functools
 import itertools
@@ -62,7 +61,6 @@ TRAINING = {
     "tcl": Training(epochs=4, batch=32, lr=1e-3, weight_decay=0.2),         # theirs: 1024, 4e-5
     "groupvit": Training(epochs=12, batch=64, lr=1e-3, weight_decay=0.05)}
 
-
 # ========================================================================= 2 sentences and training
 
 class Batch(NamedTuple):
@@ -73,12 +71,10 @@ class Batch(NamedTuple):
     own: torch.Tensor                       # B, which of them is the image's
     y: torch.Tensor                         # B C bool, the hypothesis
 
-
 def sentence(names, y):
     """What the hypothesis y: C bool says, as a caption: "a photo of a dog and a sheep."."""
     things = [f"a {name.split(', ')[0]}" for name, present in zip(names, y.tolist()) if present]
     return f"a photo of {' and '.join(filter(None, [', '.join(things[:-1]), things[-1]]))}."
-
 
 def info_nce(logits, P):
     """InfoNCE both ways, where an image may have several texts and a text several images.
@@ -93,49 +89,36 @@ def info_nce(logits, P):
 
     return (one_way(logits, P) + one_way(logits.T, P.T)) / 2
 
-
 def pairs(own, U):
     """P: B×U bool, which sentence is whose. own: B, the number of each image's sentence."""
     return F.one_hot(own, U).bool()
 
-
-@contextlib.contextmanager
-def one_thread():
-    """Many small operations run in one thread: at the end of each, a team would wait for its
-    slowest, on a busy machine for milliseconds.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def batches(segmenter, samples, how):
     """Yield the `Batch`es of all epochs: every image once an epoch, augmented as by rectify.py."""
     cfg, clip, names = segmenter.cfg, segmenter.clip, [*segmenter.names, *segmenter.background]
-    y = rectify.hypotheses(segmenter, samples)                              # N C
+    name_images = functools.partial(rectify.hypothesize, segmenter)
+    y = torch.stack(rectify.each_image(name_images, samples, "hypothesis")).cpu()   # N C
     y_of, who = y.unique(dim=0, return_inverse=True)                        # sentences C, N
     texts = segmenter.tokenizer([sentence(names, row) for row in y_of]).to(segmenter.device)
     with torch.no_grad():
         t = torch.cat([clip.encode_text(part, normalize=True) for part in texts.split(256)])
     side, patch = clip.visual.image_size[0], clip.visual.patch_size[0]
     view, first = replace(cfg, size=(10 ** 6, side), crop=side), torch.arange(0, side, patch)
+    fill = (255 * clip.mean.cpu()).round().byte()                           # the mean colour, as 0
+
+    read = lambda work: rectify.augment(
+        rectify.load_image(samples[work[0]].image, rectify.LONGEST), view, work[1], fill)
     for epoch in range(how.epochs):
-        order = rectify.epoch_order(cfg.seed, epoch, len(samples))
-        images = rectify.read_ahead(
-            lambda i: rectify.limit(rectify.load_image(samples[i].image)), order.tolist())
+        rectify.reseed(cfg.seed, 1 + epoch)
+        order = torch.randperm(len(samples))
+        ready = rectify.read_ahead(read, ((i, rectify.draw_view()) for i in order.tolist()))
         for i in order.split(how.batch):
-            with one_thread():
-                crops, extents = zip(*(rectify.augment(image, view, rectify.draw_view())
-                                       for image in itertools.islice(images, len(i))))
+            crops, extents = zip(*itertools.islice(ready, len(i)))
             height, width = torch.tensor(extents).T[..., None]              # B 1, B 1
             valid = (first < height)[:, :, None] & (first < width)[:, None]
             used, own = who[i].unique(return_inverse=True)                  # U, B
             x = rectify.normalize(clip, torch.stack(crops).to(segmenter.device))
             yield Batch(x, *(part.to(segmenter.device) for part in (valid, t[used], own, y[i])))
-
 
 def train(segmenter, samples, parameters, loss, how):
     """Minimize loss(Batch) over the parameters; prints its mean over every epoch."""
@@ -160,17 +143,14 @@ def train(segmenter, samples, parameters, loss, how):
             total = 0
     bar.close()
 
-
 def grid_of(clip, x):
     """(h, w) of images x: ..×H×W, the last patch padded."""
     return tuple(-(-n // p) for n, p in zip(x.shape[-2:], clip.visual.patch_size))
-
 
 # =============================================================================== 3 ReCo (Shin 2022)
 
 CONTEXT = ["tree", "sky", "building", "road", "person"]     # what shows up with everything
 EXAMPLES = 50                                                           # k
-
 
 @torch.no_grad()
 def image_scores(segmenter, samples, T):
@@ -179,15 +159,13 @@ def image_scores(segmenter, samples, T):
 
     def scores(images):
         x = rectify.clip_view(images, clip.visual.image_size[0], segmenter.cfg.view)
-        return segmenter.encode(clip, x, "stock") @ T.T
+        return segmenter.features(x, clip, "clip") @ T.T
 
     return torch.stack(rectify.each_image(scores, samples, "scores")).cpu()
-
 
 def patch_weights(f, T_c, r_ctx):
     """w = σ(10·cos(f, T_c)) · Π (1 − σ(cos(φ, r_ctx))): K of patches f = φ: K×D; T_c: D."""
     return (10 * f @ T_c).sigmoid() * (1 - (f @ r_ctx.T).sigmoid()).prod(1)
-
 
 def co_segment(phi, w):
     """r: D, the reference of a class; phi: its k images' patches, hw×D unit rows each; w: hw each.
@@ -202,13 +180,12 @@ def co_segment(phi, w):
     seeds = [part[s.argmax()] for part, s in zip(phi, support.split([*map(len, phi)]))]
     return F.normalize(torch.stack(seeds).mean(0), dim=0)
 
-
 @torch.no_grad()
 def references(segmenter, samples, T, r_ctx):
     """C×D, the reference of each class of T from its k training images that CLIP is surest of."""
     best = image_scores(segmenter, samples, T).topk(min(EXAMPLES, len(samples)), dim=0).indices
     read = lambda n: rectify.resize_to_fit(
-        rectify.limit(rectify.load_image(samples[n].image)), segmenter.cfg.size)
+        rectify.load_image(samples[n].image, rectify.LONGEST), segmenter.cfg.size)
     found = []
     for T_c, numbers in zip(tqdm(T, "co-segmentation", leave=False), best.T.tolist()):
         phi = [segmenter.features(image[None])[0].flatten(1).T
@@ -216,11 +193,9 @@ def references(segmenter, samples, T, r_ctx):
         found.append(co_segment(phi, [patch_weights(part, T_c, r_ctx) for part in phi]))
     return torch.stack(found)
 
-
 def reco_logits(f, T, r):
     """σ(cos(φ, r_c)) · σ(10·cos(f, T_c)), with φ = f: B×D×h×w to B×C×h×w; T, r: C×D."""
     return similarity(f, r).sigmoid() * (10 * similarity(f, T)).sigmoid()
-
 
 def reco(segmenter, samples):
     """ReCo: retrieve and co-segment. Nothing is trained.
@@ -237,23 +212,20 @@ def reco(segmenter, samples):
     r = references(segmenter, samples, segmenter.T, r_ctx)
     return lambda x: reco_logits(segmenter.features(x), segmenter.T, r)
 
-
 # ======================================================================= 4 CLIPpy (Ranasinghe 2023)
 
 def patch_features(clip, x):
     """B×hw×D of normalized images: the patches after CLIP's own last block, in text space."""
-    tokens, grid = rectify.earlier_blocks(clip, x)
+    tokens, grid = rectify.first_blocks(clip, x)
     last = clip.visual.transformer.resblocks[-1]
-    tokens = rectify.attention_block(last, tokens, grid, "stock")           # B 1+hw d
+    tokens = rectify.attention_block(last, tokens, grid, "clip")           # B 1+hw d
     return clip.visual.ln_post(tokens[:, 1:]) @ clip.visual.proj
-
 
 def max_pool(features, valid):
     """z: B×D, unit norm, each channel's maximum over valid patches; features: B×hw×D; valid: B×h×w.
     """
     z = features.masked_fill(~valid.flatten(1)[..., None], -torch.inf).amax(1)
     return F.normalize(z, dim=-1)
-
 
 def clippy(segmenter, samples, how, pool="max"):
     """CLIPpy: fine-tune the image tower so that the max over patches meets the sentence.
@@ -265,7 +237,7 @@ def clippy(segmenter, samples, how, pool="max"):
     clip.visual.requires_grad_()
 
     def loss(b):
-        z = (encode_image(clip, b.x, "stock") if pool == "cls"
+        z = (encode_image(clip, b.x, "clip") if pool == "cls"
              else max_pool(patch_features(clip, b.x), b.valid))             # B D
         return info_nce(segmenter.scale * z @ b.t.T, pairs(b.own, len(b.t)))
 
@@ -277,7 +249,6 @@ def clippy(segmenter, samples, how, pool="max"):
         return similarity(f.mT.unflatten(-1, grid_of(clip, x)), segmenter.T)
 
     return dense
-
 
 # ================================================================================= 5 TCL (Cha 2023)
 
@@ -296,7 +267,6 @@ class GatedUpsampling(nn.Module):
             x = x + g.tanh() * conv(F.gelu(norm(x)))
         return x
 
-
 class TCL(nn.Module):
     """forward(clip, x: B×3×H×W) -> e: B×D×4h×4w of unit norm. It learns a copy of CLIP's last block
     (its value path), the decoder, and w and b of the masks σ(w·e·t + b).
@@ -311,21 +281,18 @@ class TCL(nn.Module):
 
     def forward(self, clip, x):
         with torch.no_grad():
-            tokens, grid = rectify.earlier_blocks(clip, x)
-        v = rectify.attention_block(self.block, tokens, grid, "maskclip")[:, 1:]  # B hw d
+            tokens, grid = rectify.first_blocks(clip, x)
+        v = rectify.maskclip_block(self.block, tokens)[:, 1:]               # B hw d
         v = (clip.visual.ln_post(v) @ clip.visual.proj).mT.unflatten(-1, grid)  # B D h w
         return F.normalize(self.decoder(v), dim=1)
-
 
 def hard(s):
     """The mask of logits s as 0 or 1, drawn with Gumbel noise; its gradient is the soft one's."""
     return F.gumbel_softmax(torch.stack([s, torch.zeros_like(s)]), tau=1, hard=True, dim=0)[0]
 
-
 def pooled(m, e):
     """v: B×U×D of unit norm, the mean of e: B×D×h×w under each mask m: B×U×h×w."""
     return F.normalize(torch.einsum("buhw,bdhw->bud", m, e), dim=-1)
-
 
 def area_loss(m, P, valid):
     """|mean positive mask − 0.4| + mean negative mask; m: B×U×h×w, P: B×U bool, valid: B×h×w."""
@@ -333,11 +300,9 @@ def area_loss(m, P, valid):
     negative = area[~P].mean() if (~P).any() else 0
     return (area[P].mean() - 0.4).abs() + negative
 
-
 def total_variation(x):
     """Mean |x_i − x_j| over vertical neighbours, and the same over horizontal ones; x: ..×h×w."""
     return x.diff(dim=-2).abs().mean() + x.diff(dim=-1).abs().mean()
-
 
 def tcl_loss(model, clip, b, scale):
     """0.1 · InfoNCE(CLIP(hard mask ⊙ image), t) + 0.1 · InfoNCE(e pooled by the masks, t)
@@ -349,11 +314,10 @@ def tcl_loss(model, clip, b, scale):
     valid = F.interpolate(b.valid[:, None].float(), e.shape[-2:])[:, 0]     # B 4h 4w
     m = s.sigmoid() * valid[:, None]
     cut = F.interpolate(hard(s[rows, b.own])[:, None], b.x.shape[-2:]) * b.x  # B 3 S S; 0: grey
-    by_image = encode_image(clip, cut, "stock") @ b.t.T                     # B U
+    by_image = encode_image(clip, cut, "clip") @ b.t.T                     # B U
     by_feature = torch.einsum("bud,ud->bu", pooled(m, e), b.t)              # B U
     return (0.1 * info_nce(scale * by_image, P) + 0.1 * info_nce(scale * by_feature, P)
             + 0.4 * area_loss(m, P, valid) + total_variation(e) + total_variation(m))
-
 
 def tcl(segmenter, samples, how):
     """TCL: learn to cut out what the sentence says.
@@ -374,7 +338,6 @@ def tcl(segmenter, samples, how):
 
     return dense
 
-
 # ============================================================================= 6 GroupViT (Xu 2022)
 
 def assign(logits, noisy):
@@ -382,7 +345,6 @@ def assign(logits, noisy):
     if noisy:
         return F.gumbel_softmax(logits, tau=1, hard=True, dim=1)
     return F.one_hot(logits.argmax(1), logits.size(1)).mT.to(logits)
-
 
 class Grouping(nn.Module):
     """Assign each of n tokens to one of G groups and make a token of each group's.
@@ -403,7 +365,6 @@ class Grouping(nn.Module):
         A = assign(logits, self.training)
         g = g + self.out(A @ self.v(x) / A.sum(-1, keepdim=True).clamp(min=1))
         return g + self.mlp(self.norm(g)), A
-
 
 class GroupViT(nn.Module):
     """A ViT of CLIP's width, depth and heads, from scratch, with 16, then 8 groups (theirs: 64, 8).
@@ -440,7 +401,6 @@ class GroupViT(nn.Module):
             A = chosen if A is None else chosen @ A                         # B G hw
         return self.proj(self.norm(self.stages[-1](x))), A
 
-
 def groupvit_loss(segments, b, T, scale):
     """InfoNCE of the image with its sentence, and with each noun alone: one text per class of y.
 
@@ -450,12 +410,10 @@ def groupvit_loss(segments, b, T, scale):
     return (info_nce(scale * v @ b.t.T, pairs(b.own, len(b.t)))
             + info_nce(scale * v @ T.T, b.y))
 
-
 def group_logits(segments, A, T, grid):
     """A patch has its group's cosines with T: B×C×h×w; segments: B×G×D; A: B×G×hw, one-hot."""
     cosines = F.normalize(segments, dim=-1) @ T.T                           # B G C
     return (cosines.mT @ A).unflatten(-1, grid)
-
 
 def groupvit(segmenter, samples, how):
     """GroupViT: learn to group, from scratch. Paper: 29 M captions, and a text tower of its own;
@@ -473,7 +431,6 @@ def groupvit(segmenter, samples, how):
 
     return dense
 
-
 # ================================================================================= 7 masks and main
 
 # name: (title, the function of (segmenter, training samples) that makes the dense classifier, its
@@ -481,7 +438,6 @@ def groupvit(segmenter, samples, how):
 RIVALS = {"reco": ("ReCo", reco, None), "clippy": ("CLIPpy", clippy, "clippy"),
           "clippy-cls": ("CLIPpy, CLS", functools.partial(clippy, pool="cls"), "clippy"),
           "tcl": ("TCL", tcl, "tcl"), "groupvit": ("GroupViT", groupvit, "groupvit")}
-
 
 def masks(segmenter, dense, images):
     """B×H×W uint8 of uint8 images B×3×H×W, decided as ReCLIP's; nothing is denoised."""
@@ -493,28 +449,25 @@ def masks(segmenter, dense, images):
     return rectify.decide(logits, step, x.shape[-2:], images.shape[-2:], len(segmenter.names),
                           cfg.sharpness, cfg.threshold)
 
-
 def write_masks(segmenter, dense, samples, folder):
     """The masks of samples as folder/<name>.png, with VOC's values, as distill.py reads them."""
     images = rectify.read_ahead(lambda sample: rectify.load_image(sample.image), samples)
     for sample, image in zip(samples, images):
         path = folder / f"{sample.name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
         mask = masks(segmenter, dense, image[None])[0].cpu()
-        rectify.write_mask(mask, len(segmenter.names), path)
-
+        mask = (mask + 1) % (len(segmenter.names) + 1)                      # 0: background
+        rectify.write(path, rectify.palette_png(mask.numpy()))
 
 def reclip(argv, out):
     """The Segmenter of ReCLIP in `out`; trained there first unless it is. Raises UserError."""
-    options = [*argv, "--method", "reclip", "--out", str(out)]
-    typed = rectify.command_line(rectify.Config, rectify.__doc__, rectify.RECIPES, options)
-    if not (out / "rectify.pt").is_file():
+    options, path = [*argv, "--method", "reclip", "--out", str(out)], out / "rectify.pt"
+    if not path.is_file():
         rectify.main([*options, "--resume"])
-    try:
-        return rectify.load_segmenter(out / "rectify.pt", **typed)
-    except rectify.UserError as error:
-        raise rectify.UserError(f"{error}; --out takes another folder") from error
-
+    typed = rectify.command_line(rectify.Config, rectify.__doc__, rectify.configure, options)
+    state = rectify.load(path)
+    rectify.compare(path, state, rectify.Config, rectify.FREE, typed)
+    cfg = rectify.configure(state["config"], **typed)
+    return rectify.Segmenter(cfg, state["names"], state["background"], state)
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
@@ -539,12 +492,12 @@ def main(argv=None):
         both = rectify.predictor(segmenter)
         predict = lambda images: both(images) | {title: masks(segmenter, dense, images)}
         results, *_ = rectify.evaluate(predict, val, names, cfg.label_base)
-        figure = rectify.figure4(predict, val, names, cfg.label_base)
+        figure = rectify.figure4(predict, rectify.subsample(val, 8), names, cfg.label_base)
         rectify.save_figure(figure, folder / "figure4.png")
         rectify.print_table(results, names)
     report = {"results": results, "training": asdict(how) if how else {}, "config": asdict(cfg),
               "versions": rectify.versions(), "seconds": seconds}
-    rectify.write_text(folder / "rivals.json", json.dumps(report, indent=1))
+    rectify.write(folder / "rivals.json", json.dumps(report, indent=1))
     print(f"{title}: {seconds['rival']} s, and {seconds['masks']} s for {len(train_samples)} + "
           f"{len(val)} masks. Wrote {folder}/")
 
