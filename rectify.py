@@ -773,7 +773,7 @@ def list_samples(folder, split):
     kind = "Context" if (folder / "ImageSets/SegmentationContext").is_dir() else ""
     where, labels = folder / "JPEGImages", folder / f"SegmentationClass{kind}"
     index = folder / f"ImageSets/Segmentation{kind}" / f"{split}.txt"
-    ade = {"train": "training", "val": "validation"}[split]
+    ade = {"train": "training"}.get(split, "validation")
     if index.is_file() or split == "train" and (folder / "ImageSets").is_dir():
         images, names = find_images(where), index.read_text("utf-8-sig", "replace").split("\n")
     elif (folder / "annotations").is_dir() and (folder / "images" / ade).is_dir():
@@ -1189,7 +1189,7 @@ def end_epoch(out, stage, entry, log, bar, last, state):
     if RANK == 0:
         write(out / f"{stage}.jsonl", "\n".join(map(json.dumps, log)))
         partial = out / f"{stage}.partial.pt"
-        if last or not partial.is_file() or time.time() - partial.stat().st_mtime > 60:
+        if last or len(log) == 1 or time.time() - partial.stat().st_mtime > 60:
             save(partial, state() | {"log": log})
 
 def look_at_masks(masks, words, bar):

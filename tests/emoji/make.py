@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from safetensors.torch import load_file, save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -296,7 +297,7 @@ def captioned(rng, art, sentences, close, stage):
 def _captioned_chunk(job):
     seed, chunk, count, close, stage = job
     rng, art = np.random.default_rng([seed, *STAGES[stage]["draw"], chunk]), glyphs()
-    sentences = [t("{}") for t in rectify.templates()]
+    sentences = [t("{}") for t in rectify.TEMPLATES]
     made = [captioned(rng, art, sentences, close, stage) for _ in range(count)]
     return np.stack([m[0] for m in made]), [m[1] for m in made]
 
@@ -410,7 +411,7 @@ def pretrain(folder, seed, stage, batch, precision):
     muon, adam = Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.05)
     mean, std = (torch.tensor(CONFIG["preprocess_cfg"][k])[:, None, None] for k in ("mean", "std"))
     towers = torch.compile(image_features)
-    autocast = rectify.in_bf16(torch.device("cpu"), precision)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
 
     rng, order = np.random.default_rng([seed, *STAGES[stage]["order"]]), np.empty(0, int)
     bar = tqdm(range(steps), "pretraining")
@@ -457,7 +458,7 @@ def image_features(visual, x):
     y = last.ln_1(x)
     cls = x[:, :1] + last.attn(y[:, :1], y, y, need_weights=False)[0]
     cls = cls + last.mlp(last.ln_2(cls))
-    patches = rectify.attention_block(last, x[:, 1:], None, "maskclip")
+    patches = rectify.maskclip_block(last, x[:, 1:])
     pooled, dense = ((visual.ln_post(y) @ visual.proj).float() for y in (cls[:, 0], patches))
     return F.normalize(pooled, dim=-1), F.normalize(F.normalize(dense, dim=-1).mean(1), dim=-1)
 
@@ -523,7 +524,8 @@ def pretrain_backbone(path, seed, pictures, steps, batch, side=64):
         made = list(tqdm(pool.imap(_closeups_chunk, jobs), "drawing", len(jobs)))
     images, labels = (np.concatenate(part) for part in zip(*made))
     torch.manual_seed(seed)
-    channels = distill.stage_channels(distill.RECIPES["emoji"]["width"])
+    channels = [int(distill.RECIPES["emoji"]["width"] * c) for c in (64, 128, 256, 512)]
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     model = timm.create_model("resnet18", channels=channels, num_classes=count).to(memory_format=torch.channels_last)
     filters = [p for p in model.parameters() if p.ndim == 4]
     muon = Muon(filters)
@@ -535,7 +537,7 @@ def pretrain_backbone(path, seed, pictures, steps, batch, side=64):
         if len(order) < batch:
             order = rng.permutation(len(images))
         index, order = np.sort(order[:batch]), order[batch:]
-        x = distill.prepare(torch.from_numpy(images[index]).permute(0, 3, 1, 2).float() / 255)
+        x = (torch.from_numpy(images[index]).permute(0, 3, 1, 2).float() / 255 - mean) / std
         target = torch.from_numpy(labels[index])
         logits = model(x.flip(-1) if step % 2 else x)                                   # B count
         loss = F.cross_entropy(logits, target)
@@ -559,16 +561,18 @@ def headroom():
 
     An offset per class is the class-preference bias, one per class and place (a coarse map) the
     space-preference bias as well; a free C×D Reference bounds what subtracting f·Rᵀ can do.
-    Measured on dev, since this world was made by these numbers; objects on the training images, which
-    are more. A diagnostic: nothing that learns ever sees this.
+    Measured on dev, since this world was made by these numbers, and on val; objects on the training
+    images, which are more. A diagnostic: nothing that learns ever sees this.
     """
     cfg = rectify.configure(method="maskclip")
     folder = rectify.dataset_folder(cfg)
-    segmenter = rectify.Segmenter(cfg, NAMES, torch.device("cpu"))
+    segmenter = rectify.Segmenter(cfg, NAMES)
     size, cells, zero = cfg.size, 4, torch.zeros
     fs, wheres, truths = [], [], []
-    train, dev = (rectify.list_samples(folder, split) for split in ("train", "dev"))
-    for _, images, labels in rectify.batches_of_one_size(train, 32, NAMES):
+    train, *others = (rectify.list_samples(folder, split) for split in ("train", "dev", "val"))
+    read = lambda sample: rectify.read_pair(sample, NAMES, 1)
+    for _, pairs in rectify.batches_of_one_size(train, read, "features"):
+        images, labels = map(torch.stack, zip(*pairs))
         f = segmenter.features(rectify.resize_to_fit(images, size))                     # B D h w
         h, w = f.shape[-2:]
         truth = F.interpolate(labels[:, None].float(), (h, w), mode="nearest-exact")[:, 0].long()
@@ -607,13 +611,15 @@ def headroom():
             return {"corrected": rectify.upsample(logits, 12, x.shape[-2:], images.shape[-2:]).argmax(1)}
         return predict
 
+    print(f"{'mIoU on':36}{'dev':>8}{'val':>8}")
     for title, chosen in (("MaskCLIP", ()), ("with an offset per class", ("class",)),
                           ("with an offset per class and place", ("class", "place")),
                           ("with a free Reference (C×D)", ("free",))):
-        results, *_ = rectify.evaluate(predictor(fit(*chosen)), dev, NAMES)
-        print(f"{title:36}{results['corrected']['mIoU']:6.1f}")
-    quality = rectify.assess(segmenter, dev)[2]
-    print(f"hypothesis: precision {quality['precision']:.2f}, recall {quality['recall']:.2f}")
+        predict = predictor(fit(*chosen))
+        both = [rectify.evaluate(predict, samples, NAMES)[0]["corrected"]["mIoU"] for samples in others]
+        print(f"{title:36}" + "".join(f"{mIoU:8.1f}" for mIoU in both))
+    name_images = lambda images: rectify.hypothesize(segmenter, images)
+    print("hypothesis on dev:", rectify.evaluate(predictor(fit()), others[0], NAMES, 1, name_images)[2])
     middle_and_edge(rectify.evaluate(predictor(fit()), train, NAMES)[1]["corrected"])
 
 
@@ -624,10 +630,11 @@ def middle_and_edge(found):
     those that are whole and alone in their picture: what is covered or cut off is worse anyway.
     """
     whole = []
-    for thing in found:
-        mask = np.asarray(Image.open(thing.sample.label))
-        if set(np.unique(mask)) == {0, thing.label + 1, rectify.VOID} and thing.whole:
-            whole.append((thing.distance, thing.iou, (mask == thing.label + 1).sum()))
+    for distance, score, sample in found:
+        mask = np.asarray(Image.open(sample.label))
+        value, *more = set(np.unique(mask)) - {0, rectify.VOID}
+        if not more:
+            whole.append((distance, score, (mask == value).sum()))
     distance, score, area = np.array(whole).T
     outer, edges = distance > np.median(distance), np.quantile(area, (0, 1 / 3, 2 / 3, 1))
     print("IoU of whole objects, alone in their picture, up to and beyond "
