@@ -45,6 +45,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # before torch: waiting threads leave their core
+
 import numpy as np
 import open_clip
 import torch
@@ -571,10 +573,9 @@ def objects(label, prediction, sample, classes):
         yield distance, 100 * ((truth & guess).sum() / (truth | guess).sum()).item(), sample
 
 def evaluate(predict, samples, names, base=1, name_images=None):
-    """Measure masks against ground truth, in one pass.
-    predict: uint8 B×3×H×W to {method: B×H×W}. names, base: see `load_label`. name_images: uint8
-    B×3×H×W to the hypothesis y, B×C. Returns ({method: {"mIoU": percent, "IoU": {name: percent, or
-    None for a class that never occurs}}}, {method: [`objects`]}, how good y is)."""
+    """Measure masks. predict: uint8 B×3×H×W to {method: B×H×W}. names, base: see `load_label`.
+    name_images: uint8 B×3×H×W to the hypothesis y, B×C. Returns ({method: {"mIoU": percent, "IoU":
+    {name: percent, None where it never occurs}}}, {method: [`objects`]}, how good y is)."""
     C, results, found, matrices, hits, named, shown = len(names), {}, {}, {}, 0, 0, 0
     real = C - (names[-1] == "background")              # the background is no object
     read = lambda sample: read_pair(sample, names, base)
@@ -655,8 +656,7 @@ DATASETS = {
               "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip")],
             "ADEChallengeData2016", ADE_NAMES)}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-# What tells an image from its mask in a file's name, and not from other images.
-KINDS = re.compile(
+KINDS = re.compile(                     # what tells an image from its mask in the name of a file
     "(label(train)?id|leftimg8bit|groundtruth|annotation|segmentation|instance|semantic|trimap|"
     "overlay|original|target|figure|binary|colou?r|alpha|image|label|matte|photo|truth|mask|anno|"
     "fine|orig|pred|segm|ann|img|lbl|msk|rgb|lab|sat|seg|viz|gt)s?")
@@ -1049,7 +1049,7 @@ def figure1a(found, least=20):
             if min(((far >= edges[-1]) & (far < edge)).sum(), (far >= edge).sum()) >= least:
                 edges.append(edge)
         rings = [(far >= a) & (far < b) for a, b in zip(edges, [*edges[1:], np.inf])]
-        axis.plot([ious[ring].mean() for ring in rings], marker=marker, linewidth=2, label=method)
+        axis.plot([ious[r].mean() if r.any() else 0 for r in rings], marker=marker, label=method)
     axis.set_xticks(range(len(rings)), [f"from {a}\nn={r.sum()}" for a, r in zip(edges, rings)])
     axis.set(xlabel="distance of the object from the image's centre, px", ylabel="mean IoU, %",
              ylim=(0, None), title="Fig. 1(a): objects that the image does not cut")
