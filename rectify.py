@@ -170,7 +170,7 @@ def attention_block(block, x, grid, attention):
     elif attention == "clearclip":
         v = (q @ q.mT * scale).softmax(-1) @ v
     elif attention == "naclip":
-        yx = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in grid))    # hw 2
+        yx = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in grid)).float()
         near = torch.exp(-(yx[:, None] - yx).square().sum(-1) / (2 * 5 ** 2))           # hw hw
         v = (k @ k.mT * scale + F.pad(near, (1, 0, 1, 0))).softmax(-1) @ v
     v = block.ls_1(attn.out_proj(v.transpose(1, 2).flatten(2)))             # B 1+hw d
@@ -1220,7 +1220,7 @@ def pick_device(cfg):
     if cfg.device == "cpu" or cfg.device == "auto" and not gpus:
         return torch.device("cpu")
     if LOCAL >= gpus:
-        raise UserError(f"--device {cfg.device}: for process {LOCAL + 1} PyTorch finds {gpus} GPUs")
+        raise UserError(f"--device {cfg.device}: process {LOCAL + 1}, {gpus} GPUs; driver too old?")
     torch.cuda.set_device(LOCAL)
     torch.set_float32_matmul_precision("high")          # TF32: as many bits as features are kept in
     torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for every size of an image

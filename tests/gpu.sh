@@ -33,8 +33,8 @@ step distill 60 "$PYTHON" distill.py --device "$DEVICE" --epochs 2 --out "$RUN"
 step export 60 "$PYTHON" export.py --out "$RUN"
 step run 20 "$PYTHON" export.py --run "$RUN/student.onnx" --provider "$DEVICE" \
     --image tests/emoji/figure4.png --mask "$OUT/mask.png"
-step probe 160 "$PYTHON" tests/probe.py "$OUT" "$DEVICE"
-step bench 120 "$PYTHON" tests/bench.py --out "$OUT"
-step bench-export 80 "$PYTHON" tests/bench.py export --out "$RUN"
+step probe 140 "$PYTHON" tests/probe.py "$OUT" "$DEVICE"
+step bench 110 "$PYTHON" tests/bench.py --out "$OUT"
+step bench-export 110 "$PYTHON" tests/bench.py export --out "$RUN"
 cp "$RUN"/*.json "$OUT" 2> /dev/null
 echo "wrote $OUT/: $(ls "$OUT" | tr '\n' ' ')"

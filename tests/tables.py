@@ -105,13 +105,14 @@ def command(options):
 
 def rectified(options, seed, kept):
     """A variant that rectifies, trained and measured. kept: a seed's features, to be shared."""
-    cfg = rectify.configure(seed=seed, **options)
+    folder = tempfile.TemporaryDirectory()
+    cfg = rectify.configure(seed=seed, **options | {"out": folder.name})
     train, val = rectify.splits(rectify.dataset_folder(cfg))
     torch.manual_seed(seed)
     segmenter = rectify.Segmenter(cfg, *rectify.class_names(cfg))
     name_images = lambda images: rectify.hypothesize(segmenter, images)
     shared = cfg.finetune, cfg.attention, cfg.views
-    with tempfile.TemporaryDirectory() as out:
+    with folder as out:
         if kept.get("of") != shared:
             kept |= dict(of=shared, x=rectify.training_data(segmenter, train)[:2])
         x, valid = kept["x"]
@@ -197,9 +198,9 @@ def exported(dataset, recipe):
     distill.main(["--dataset", dataset, "--out", str(out), "--resume"])
     export.main(["--out", str(out), "--int8"])
     report = json.loads((out / "export.json").read_text())
-    return {name: {"MB": report["bytes"][name] / 1e6, "agreement, %": 100 * found["agreement"],
-                   "mIoU": report["results"].get(name, {}).get("mIoU")}
-            for name, found in report["check"].items() if name in report["bytes"]}
+    return {name: {"MB": (out / name).stat().st_size / 1e6, "agreement, %":
+                   100 * found["agreement"], "mIoU": report["results"][name]["mIoU"]}
+            for name, found in report["check"].items() if (out / name).is_file()}
 
 def benched(table, dataset, recipe):
     """The rows of bench.py, in a process of its own."""
