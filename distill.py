@@ -482,7 +482,8 @@ def main(argv=None):
         print(f"going on with {cfg.eval or found[0]}")
     torch.manual_seed(cfg.seed)
     segmenter = rectify.Segmenter(taught_by, state["names"], state["background"], state)
-    rectify.check_labels(val, segmenter.classes, cfg.label_base)
+    if val:
+        rectify.check_labels(val, segmenter.classes, cfg.label_base)
     out.mkdir(parents=True, exist_ok=True)
     kept["config"], trained = asdict(cfg), before and (cfg.eval or "optimizer" not in before)
     student = (load_student(before, segmenter.device) if trained else

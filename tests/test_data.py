@@ -29,7 +29,6 @@ H, W = 6, 8                                             # of most images here
 ONES, CPU = np.ones((H, W), np.uint8), torch.device("cpu")
 NOISE = np.random.default_rng(0).integers(0, 256, (H, W), np.uint8)
 
-
 def encoded(image, form="PNG", turn=1, **options):
     """An image or an array as the bytes of a file; turn: its EXIF orientation."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
@@ -38,10 +37,8 @@ def encoded(image, form="PNG", turn=1, **options):
     image.save(file := io.BytesIO(), form, **options)
     return file.getvalue()
 
-
 def jpg(seed=0, turn=1):
     return encoded(np.random.default_rng(seed).integers(0, 256, (H, W, 3), np.uint8), "JPEG", turn)
-
 
 def tree(folder, files):
     """Write {path: bytes} into a folder; a list of paths gets images."""
@@ -50,12 +47,10 @@ def tree(folder, files):
         (folder / name).write_bytes(files[name] if isinstance(files, dict) else jpg())
     return folder
 
-
 def run(*argv):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         rectify.main([str(a) for a in argv])
     return printed.getvalue()
-
 
 def refused(call, *parts):
     """The call raises UserError: one line that has all these parts."""
@@ -64,12 +59,10 @@ def refused(call, *parts):
     said = str(error.value)
     assert "\n" not in said and not [p for p in map(str, parts) if p not in said], said
 
-
 # ============================================================================ datasets, by network
 LABEL = np.zeros((H, W), np.uint8)                      # what a mask file holds: 0 background,
 LABEL[1:4, 1:4], LABEL[1:4, 4], LABEL[5] = 3, VOID, 20  # class 2, a void border, class 19
 DEAD = "http://127.0.0.1:1/"                            # an address where nobody listens
-
 
 def packed(members, kind="tar"):
     """{path: bytes, or a str that a symbolic link points to} as the bytes of a tar or a zip."""
@@ -83,7 +76,6 @@ def packed(members, kind="tar"):
             add(name, content if zips or link else io.BytesIO(content))
     return file.getvalue()
 
-
 def voc(year="2012"):
     """VOC's archive: an image and its mask a split, and an image that is on no list."""
     files = {f"JPEGImages/{name}.jpg": jpg(k) for k, name in enumerate(["train1", "x", "val1"])}
@@ -91,7 +83,6 @@ def voc(year="2012"):
         files[f"SegmentationClass/{split}1.png"] = encoded(LABEL)
         files[f"ImageSets/Segmentation/{split}.txt"] = f"{split}1\n".encode()
     return packed({f"VOCdevkit/VOC{year}/{name}": content for name, content in files.items()})
-
 
 def encode_rle(mask):
     """A slow encoder of COCO's run-length code, from its description: see decode_rle."""
@@ -107,7 +98,6 @@ def encode_rle(mask):
         text += chr(48 + number % 32)
     return text
 
-
 def context():
     """trainval_merged.json for voc("2010"); the labels that it makes stand in READ."""
     columns, rows = np.indices((H, W))[::-1]
@@ -119,7 +109,6 @@ def context():
                    for i, c, mask in pieces]
     return json.dumps(dict(images=images, annos_segmentation=annotations)).encode()
 
-
 def ade():
     """ADE20K's archive: folders instead of lists; 0 is void, classes are 1 to 150."""
     files = {}
@@ -127,7 +116,6 @@ def ade():
         files[f"ADEChallengeData2016/images/{split}/{k}.jpg"] = jpg()
         files[f"ADEChallengeData2016/annotations/{split}/{k}.png"] = encoded(k * ONES)
     return packed(files, "zip")
-
 
 MINIATURES = {"voc": {"voc.tar": voc()}, "ade": {"ade.zip": ade()},
               "context": {"voc10.tar": voc("2010"), "merged.json": context()}}
@@ -138,7 +126,6 @@ READ = {"voc": {split: {f"{split}1": TRUTH} for split in ("train", "val")},     
         "context": {"train": {"train1": ONES.tolist()}, "val": {
             "val1": [[0, 0, *[VOID] * 6]] * 2 + [[0] * 3 + [58] * 5] * 4}}}
 
-
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.asked.add(self.path)
@@ -146,7 +133,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200 if content else 404)
         self.end_headers()
         self.wfile.write(content)
-
 
 @pytest.fixture
 def archive(monkeypatch):
@@ -164,12 +150,10 @@ def archive(monkeypatch):
         yield server
         server.shutdown()
 
-
 def load(dataset, root):
     folder = rectify.dataset_folder(configure(dataset=dataset, root=str(root)))
     return {split: {s.name: rectify.read_pair(s, rectify.DATASETS[dataset][2], 1)[1].tolist()
                     for s in rectify.list_samples(folder, split)} for split in ("train", "val")}
-
 
 @pytest.mark.parametrize("dataset", MINIATURES)
 def test_a_dataset_is_fetched_once_from_the_second_address(archive, tmp_path, dataset):
@@ -186,7 +170,6 @@ def test_a_dataset_is_fetched_once_from_the_second_address(archive, tmp_path, da
         with Image.open(path) as mask:
             assert mask.mode == "P" and mask.getpalette()[:768] == rectify.palette()
 
-
 @pytest.mark.parametrize("dataset", MINIATURES)
 def test_the_md5_decides(archive, tmp_path, dataset):
     """Without the right file one line names the addresses, the md5, and where to put it by hand."""
@@ -200,7 +183,6 @@ def test_the_md5_decides(archive, tmp_path, dataset):
     tree(tmp_path, {name: b"the first half of it" for name in MINIATURES[dataset]})
     archive.files = right
     assert load(dataset, tmp_path) == READ[dataset]
-
 
 def test_two_first_runs_unpack_once(archive, monkeypatch, tmp_path):
     """The second waits for the first, and takes what it unpacked."""
@@ -217,7 +199,6 @@ def test_two_first_runs_unpack_once(archive, monkeypatch, tmp_path):
     [thread.join(60) for thread in threads]
     assert len(unpacked) == 1 and len(found) == 2 and found[0] == found[1]
 
-
 @pytest.mark.parametrize("dataset, function", [
     ("voc", "shutil.unpack_archive"), ("context", "decode_rle"), ("context", "convert_context")])
 def test_what_a_killed_one_left_is_cleared(archive, monkeypatch, tmp_path, dataset, function):
@@ -230,7 +211,6 @@ def test_what_a_killed_one_left_is_cleared(archive, monkeypatch, tmp_path, datas
         load(dataset, tmp_path)
     assert load(dataset, tmp_path) == READ[dataset]
     assert not list(tmp_path.rglob("half.jpg")) and not list(tmp_path.glob("*.partial"))
-
 
 @pytest.mark.parametrize("members", [
     *({name: b"x"} for name in ("../../evil.txt", "a/../../../evil.txt", "ROOT/evil.txt")),
@@ -247,7 +227,6 @@ def test_an_archive_cannot_leave_its_folder(monkeypatch, tmp_path, members):
         for folder in (tmp_path.parent, tmp_path, root):
             assert not (folder / "evil.txt").exists()
 
-
 def test_addresses_and_sums_are_the_published_ones():
     """VOC's are torchvision's own; no address is of the host that went offline in 2025."""
     for dataset, year, md5 in (("voc", "2012", "6cd6e144f989b92b3379bac3b3de84fd"),
@@ -258,7 +237,6 @@ def test_addresses_and_sums_are_the_published_ones():
         assert rectify.DATASETS[dataset][0][0] == (known["filename"], md5, address)
     assert "host" ".robots" not in str(rectify.DATASETS)
 
-
 def test_runs_of_masks_are_decoded():
     """Against the slow encoder, and by hand: 2 3 4 1 2, from the fourth on differences."""
     hand = rectify.decode_rle("234NN", (4, 3)).T.ravel()
@@ -267,7 +245,6 @@ def test_runs_of_masks_are_decoded():
         for share in (0, 0.02, 0.5, 1):                 # long runs and short ones
             mask = np.random.default_rng(0).random(size) < share
             assert (rectify.decode_rle(encode_rle(mask), size) == mask).all()
-
 
 def test_ones_own_voc(monkeypatch, tmp_path):
     """--dataset voc --data PATH/VOC2012 takes names and recipe. It is never read as Context."""
@@ -280,13 +257,11 @@ def test_ones_own_voc(monkeypatch, tmp_path):
     refused(lambda: run(*own), "--names")
     refused(lambda: run(*own, "--dataset", "context"), "--names")
 
-
 # =========================================================================================== names
 def names_of(tmp_path, content, **typed):
     """(classes, background words) of a names file with these bytes or this text."""
     (tmp_path / "names.txt").write_bytes(getattr(content, "encode", lambda: content)())
     return rectify.class_names(configure(data="x", names=str(tmp_path / "names.txt"), **typed))
-
 
 @pytest.mark.parametrize("content, typed, names, background", [
     (b"\xef\xbb\xbfdog\r\n\r\n  potted plant \r\n", "", ["dog", "potted plant"], []),
@@ -298,7 +273,6 @@ def names_of(tmp_path, content, **typed):
     ("dog\nbackground: sky\n", "", ["dog"], ["sky"]), ("dog\n", "sky", ["dog"], ["sky"])])
 def test_a_names_file_has_a_class_a_line(content, typed, names, background, tmp_path):
     assert names_of(tmp_path, content, background=typed) == (names, background)
-
 
 @pytest.mark.parametrize("content, message", [
     *((f"cat\n\nbird\n{line}\nfish\n", "names.txt, line 4") for line in (
@@ -315,7 +289,6 @@ def test_a_names_file_has_a_class_a_line(content, typed, names, background, tmp_
 def test_names_that_cannot_be_meant_are_refused(content, message, tmp_path):
     refused(lambda: names_of(tmp_path, content), "names.txt", message)
 
-
 def test_typed_names(tmp_path):
     names = lambda typed: rectify.class_names(configure(data="photos", names=typed))
     assert names("dog,cat, background: sky, wall") == (["dog", "cat"], ["sky", "wall"])
@@ -325,7 +298,6 @@ def test_typed_names(tmp_path):
     for background in ("words.txt", "0, 1", "sky; wall", "background: sky"):
         refused(lambda: names_of(tmp_path, "a\nb", background=background), "is no class name")
     assert names_of(tmp_path, "dog\n", threshold=0.5) == (["dog"], [])
-
 
 # ======================================================================= folders and their lists
 @pytest.mark.parametrize("image, mask", [
@@ -343,7 +315,6 @@ def test_what_may_be_a_mask_is_refused(image, mask, tmp_path):
     tree(tmp_path, ["beach.jpg", image, mask])
     refused(lambda: rectify.splits(tmp_path), tmp_path / image, tmp_path / mask)
 
-
 def test_holiday_photographs_are_accepted(tmp_path):
     """Numbered ones; hidden files are none, but what stands above the folder does not matter."""
     own = ["IMG_0001.jpg", "IMG_0002.jpg", "photo (1).jpg", "photo (2).jpg", "photo.JPG", "7.webp",
@@ -357,7 +328,6 @@ def test_holiday_photographs_are_accepted(tmp_path):
     tree(tmp_path / "no", ["notes.txt", ".x.jpg"])
     for name in ("no", "gone"):
         refused(lambda: rectify.splits(tmp_path / name), tmp_path / name, "no images", ".tiff")
-
 
 def test_layouts_with_masks(tmp_path):
     """VOC's, where lists decide, and ADE20K's. Images of val need masks, those of train do not."""
@@ -380,7 +350,6 @@ def test_layouts_with_masks(tmp_path):
     assert [(s.name, s.label.parent.name) for s in val] == [("b", "validation")]
     refused(lambda: rectify.splits(tree(ade, ["images/validation/c.jpg"])), "validation/c.png")
 
-
 # ========================================================================================== labels
 def own_voc(folder, mask, image=None):
     """A folder in VOC's layout: an image to learn from, and one with a mask to measure on."""
@@ -389,16 +358,13 @@ def own_voc(folder, mask, image=None):
         "SegmentationClass/v.png": mask if isinstance(mask, bytes) else encoded(mask),
         "ImageSets/Segmentation/train.txt": b"t\n", "ImageSets/Segmentation/val.txt": b"v\n"})
 
-
 THREE = ONES.cumsum(1, np.uint8) % 3
 VOCS = [tuple(rectify.palette()[3 * v:3 * v + 3]) for v in range(256)]
-
 
 def painted(colours, values=THREE):
     image = Image.fromarray(values)
     image.putpalette(sum(colours, ()))
     return image
-
 
 @pytest.mark.parametrize("mask, message", [
     (np.ones((H, W, 3), np.uint8), "holds RGB"), (ONES.astype(np.uint16), "holds I;16"),
@@ -416,7 +382,6 @@ def test_labels_are_looked_at_before_training(mask, message, background, tmp_pat
     own = ["--data", own_voc(tmp_path, mask), "--names", "dog, cat, bird", *background]
     refused(lambda: run(*own, "--out", tmp_path / "out"), tmp_path / "SegmentationClass", message)
 
-
 def test_one_line_says_how_labels_are_read(tmp_path, capsys):
     """So that who counts from 0 sees it. A label belongs to the image as EXIF turns it."""
     folder, said = own_voc(tmp_path, LABEL), lambda _: capsys.readouterr().out
@@ -429,7 +394,6 @@ def test_one_line_says_how_labels_are_read(tmp_path, capsys):
     assert reading(["sky", "dog", "cat"], 0) == pets
     own_voc(tmp_path, THREE, jpg(1, turn=6))
     refused(lambda: reading(["dog", "cat"], 1), "another size")
-
 
 def test_values_of_a_label_and_what_they_count(tmp_path):
     """The file's 0, 1, 2 and 255, with VOC's palette, another one or as grey."""
@@ -447,11 +411,9 @@ def test_values_of_a_label_and_what_they_count(tmp_path):
         results, *_ = rectify.evaluate(dogs, val, [*IoU])
         assert results["all dog"] == {"mIoU": mean, "IoU": IoU}
 
-
 # ========================================================================================== images
 def loaded(tmp_path, content, name="x.png", longest=None):
     return rectify.load_image(tree(tmp_path, {name: content}) / name, longest).numpy()
-
 
 def test_greys_and_transparency(tmp_path):
     """What would be nearly black is refused; what is transparent is laid on white."""
@@ -470,7 +432,6 @@ def test_greys_and_transparency(tmp_path):
     assert found[:, 0, :3].T.tolist() == [[255] * 3, [70, 80, 90], [10, 20, 30]]
     assert (loaded(tmp_path, encoded(np.dstack([NOISE, 0 * ONES]))) == 255).all()
 
-
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
 def test_images_are_as_exif_turns_them(form, tmp_path):
     """All eight orientations, by their definition."""
@@ -481,7 +442,6 @@ def test_images_are_as_exif_turns_them(form, tmp_path):
         found = loaded(tmp_path, encoded(np.dstack([image] * 3), form, turn))
         assert found.shape[1:] == grey.shape
         assert np.abs(found[0].astype(int) - grey).mean() < 5, turn
-
 
 def test_sizes_from_one_pixel_to_very_long(tmp_path):
     cfg = SimpleNamespace(jitter=(0.5, 2.0), size=(64, 16), crop=16)
@@ -494,7 +454,6 @@ def test_sizes_from_one_pixel_to_very_long(tmp_path):
         view, extent = rectify.augment(image, cfg, rectify.draw_view(), image[:, :1, :1])
         assert view.shape == (3, 16, 16) and 1 <= min(extent) <= max(extent) <= 16
 
-
 def test_broken_images_and_bombs_are_refused(tmp_path, monkeypatch):
     """A bomb has more than twice the pixels of Pillow's bound."""
     for content in (b"", b"no image", jpg()[:200], jpg()[:-300], encoded(NOISE)[:-30]):
@@ -504,7 +463,6 @@ def test_broken_images_and_bombs_are_refused(tmp_path, monkeypatch):
         assert loaded(tmp_path, encoded(NOISE)).shape == (3, H, W)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", H * W // 2 - 1)
     refused(lambda: loaded(tmp_path, encoded(NOISE)), "x.png", "decompression bomb")
-
 
 def test_batches_hold_one_size_and_every_sample_once(tmp_path, monkeypatch):
     """Of two sizes, which some have by EXIF; batches are bounded, and results in order."""
@@ -523,7 +481,6 @@ def test_batches_hold_one_size_and_every_sample_once(tmp_path, monkeypatch):
     assert sorted(sum(order, [])) == list(range(23)) and len(order) < 8
     grey = rectify.each_image(lambda images: images.float().mean((1, 2, 3)), samples, "x")
     assert np.abs(np.array(grey) - 10 * np.arange(23)).max() < 3
-
 
 def test_windows_are_averaged_where_they_overlap(monkeypatch):
     """slide against a loop over windows. A predictor's logits are then of one image at a time."""
@@ -546,11 +503,9 @@ def test_windows_are_averaged_where_they_overlap(monkeypatch):
     predict(torch.zeros(3, 3, 80, 100, dtype=torch.uint8))
     assert sizes == [1, 1, 1]
 
-
 # ================================================================================== a plain folder
 WORDS = ["--names", "dog, horse, boat", "--background", "grass, sky"]
 SHAPES = {"one.mask.png": (70, 100), "sub/two.mask.png": (64, 64), "turned.mask.png": (120, 80)}
-
 
 @pytest.fixture(scope="module")
 def photos(mini, tmp_path_factory):
@@ -561,7 +516,6 @@ def photos(mini, tmp_path_factory):
         "one.jpg": encoded(one.resize((100, 70)), "JPEG"), "sub/two.png": encoded(two),
         "turned.jpg": encoded(three.resize((120, 80)), "JPEG", turn=6)})
 
-
 @pytest.fixture(scope="module")
 def plain(photos, tmp_path_factory):
     """A run on them, and what it printed, where no os.sysconf tells how much RAM there is."""
@@ -571,7 +525,6 @@ def plain(photos, tmp_path_factory):
         said = run("--dataset", "emoji", "--data", photos, *WORDS, "--out", out, "--epochs", 1)
     return SimpleNamespace(out=out, said=said)
 
-
 def test_a_plain_folder_is_learned_from(plain):
     """All images; nothing is claimed that was not measured, and no features are left over."""
     assert "3 images to learn from, 0 to measure on" in plain.said
@@ -580,7 +533,6 @@ def test_a_plain_folder_is_learned_from(plain):
     assert {p.name for p in plain.out.iterdir()} == {"rectify.pt", "rectify.jsonl", "figure4.png"}
     state = torch.load(plain.out / "rectify.pt", weights_only=True)
     assert state["images"] == ["one", "sub/two", "turned"] and len(state["T"]) == 5
-
 
 def test_features_lie_in_a_file_without_a_name(tmp_path, monkeypatch):
     files, temporary = [], rectify.tempfile.TemporaryFile
@@ -592,7 +544,6 @@ def test_features_lie_in_a_file_without_a_name(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     refused(lambda: rectify.allocate((10 ** 9, 10 ** 6), np.float16, CPU, tmp_path), "GB; give")
 
-
 def masks_in(out):
     """{path: values H×W} of the masks that were written, each beside a figure."""
     found = {}
@@ -602,7 +553,6 @@ def masks_in(out):
         found[path.relative_to(out).as_posix()] = np.array(mask)
         assert figure.width > mask.width
     return found
-
 
 def test_image_segments_a_file_or_a_folder(plain, photos, tmp_path):
     """Masks with VOC's values, of the images' sizes as they are looked at: the checkpoint's own."""
@@ -618,7 +568,6 @@ def test_image_segments_a_file_or_a_folder(plain, photos, tmp_path):
     run("--image", photos / "one.jpg", "--out", out, "--threshold", 0.999, "--sharpness", 1)
     assert (masks_in(out)["one.mask.png"] == 0).all()
 
-
 def test_image_takes_the_runs_words_alone(plain, photos, tmp_path, monkeypatch):
     """Other words are MaskCLIP's; its own results are no images; it runs in one process."""
     image, out = ["--image", photos / "one.jpg", "--out"], tmp_path / "out"
@@ -632,7 +581,6 @@ def test_image_takes_the_runs_words_alone(plain, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(rectify, "WORLD", 2)
     refused(lambda: run(*image, out), "--image", "without torchrun")
 
-
 def test_image_without_training_takes_any_words(photos, tmp_path):
     """By CLIP alone, by OpenAI's unless --dataset says emoji; 0 where a background word is best."""
     assert configure(method="maskclip", image="a.jpg").clip == "ViT-B-16-quickgelu"
@@ -640,7 +588,6 @@ def test_image_without_training_takes_any_words(photos, tmp_path):
         run("--method", "maskclip", "--image", photos / "one.jpg", "--names", "dog, cat",
             "--dataset", "emoji", "--out", tmp_path, *background)
         assert {0} & values <= {*np.unique(masks_in(tmp_path)["one.mask.png"])} <= values
-
 
 def test_cut_images_are_named(photos, tmp_path, monkeypatch):
     """One to learn from, and before training one to measure on."""
@@ -653,7 +600,6 @@ def test_cut_images_are_named(photos, tmp_path, monkeypatch):
     refused(lambda: run("--data", voc, *own), "JPEGImages/v.jpg", "not a readable image")
     assert not (tmp_path / "out/rectify.pt").exists()
 
-
 def test_the_user_sees_one_line(tmp_path):
     """The real command line, on a folder that is one too high: both files, exit code 2."""
     tree(tmp_path, ["VOC2012/JPEGImages/x.jpg", "VOC2012/SegmentationClass/x.png"])
@@ -662,7 +608,6 @@ def test_the_user_sees_one_line(tmp_path):
     error = done.stderr.strip()
     assert done.returncode == 2 and error.startswith("error: ") and "\n" not in error
     assert "JPEGImages/x.jpg" in error and "SegmentationClass/x.png" in error
-
 
 # ================================================================================== CLIP's weights
 @pytest.fixture(scope="module")
@@ -687,7 +632,6 @@ def openais(tiny, tmp_path_factory):
         torch.jit.script(root).save(str(path))
     return state, path
 
-
 def loads(pretrained, **typed):
     """(the CLIP's weights by OpenAI's names, which GELU it has)."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
@@ -695,7 +639,6 @@ def loads(pretrained, **typed):
     blocks = [*clip.visual.transformer.resblocks, *clip.text.transformer.resblocks]
     gelu, = {type(block.mlp.gelu).__name__ for block in blocks}
     return {k.removeprefix("text."): w for k, w in clip.state_dict().items()}, gelu
-
 
 def test_a_typed_file_of_weights_is_used_or_refused(openais, tiny, tmp_path):
     """Beside a local-dir: CLIP, too: OpenAI's, whose GELU is known, and other files of any name."""

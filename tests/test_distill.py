@@ -17,18 +17,15 @@ from safetensors.torch import load_file
 
 import distill
 
-
 def net_of(T, backbone="resnet18", width=0.25):
     """An untrained DeepLabV2 with text features T."""
     cfg = distill.Config(backbone=backbone, width=width, weights="")
     return distill.DeepLabV2(cfg, T, scale=20.0)
 
-
 def beginner(taught, folder):
     """A folder with the rectify.pt of `taught` and nothing else."""
     folder.mkdir()
     return Path(shutil.copy(taught / "rectify.pt", folder)).parent
-
 
 go = lambda out, *args: distill.main(["--out", str(out), *map(str, args)])
 student = lambda folder: torch.load(folder / "student.pt", weights_only=True)["student"]
@@ -37,7 +34,6 @@ results = lambda folder: json.loads((folder / "distill.json").read_text())["resu
 log_of = lambda folder: [*map(json.loads, (folder / "distill.jsonl").read_text().splitlines())]
 settings = lambda **typed: distill.configure(rectify.configure(), **typed)  # after a ReCLIP++
 
-
 @pytest.fixture(scope="module")
 def segmenter(taught):
     """The teacher of `taught`."""
@@ -45,18 +41,15 @@ def segmenter(taught):
     cfg = rectify.configure(state["config"], out=str(taught), device="cpu")
     return rectify.Segmenter(cfg, state["names"], state["background"], state)
 
-
 def test_deeplab_has_the_published_size():
     """44.05 M parameters with ResNet-101 and 21 classes; u, one for each 8 pixels, is the sum of
-    what ASPP's four branches say.
-    """
+    what ASPP's four branches say."""
     net, x = net_of(torch.eye(21), "resnet101", 1.0).eval(), torch.randn(1, 3, 65, 96)
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(44.05e6, rel=1e-3)
     with torch.no_grad():
         (logits, u), parts = net(x), [conv(net.backbone(x)[0]) for conv in net.aspp]
     assert logits.shape == u.shape == (1, 21, 9, 12) and len(parts) == 4
     assert torch.allclose(u, sum(parts), atol=1e-5)
-
 
 @pytest.mark.parametrize("alone", ["mask", "feature", "text"])
 def test_each_loss_alone_trains_the_student(alone):
@@ -69,7 +62,6 @@ def test_each_loss_alone_trains_the_student(alone):
     found = distill.step(net, optimizer, torch.randn(2, 3, 64, 64), torch.randint(4, (2, 64, 64)),
                          F.normalize(torch.randn(2, 16, 8, 8), dim=1), weights)
     assert found.keys() == weights.keys() and (net.backbone.conv1.weight != before).any()
-
 
 def test_the_losses_equal_slow_loops():
     B, C, D, s = 2, 3, 5, 4
@@ -92,7 +84,6 @@ def test_the_losses_equal_slow_loops():
                         (distill.text_guided(3 * u, T, label, 10.0), text)):
         assert found.item() == pytest.approx(torch.stack(slow).mean().item(), abs=1e-5)
 
-
 def test_weights_that_do_not_fit_are_not_forced(monkeypatch, capsys):
     """A file is refused. Where ImageNet's cannot be had it starts from scratch, and says so."""
     weights, make = distill.RECIPES["emoji"]["weights"], distill.make_backbone
@@ -107,11 +98,9 @@ def test_weights_that_do_not_fit_are_not_forced(monkeypatch, capsys):
     assert make("resnet18", 0.25, "imagenet").feature_info.channels() == [128]
     assert "STARTS FROM SCRATCH" in capsys.readouterr().err
 
-
 def test_a_label_is_void_outside_the_image_and_where_the_mask_is(segmenter, monkeypatch):
     """There the student sees 0, the mean colour after normalization, and the teacher the mean
-    colour of its CLIP, 0 to within a rounding of uint8.
-    """
+    colour of its CLIP, 0 to within a rounding of uint8."""
     net, crops, side = net_of(segmenter.T), [], torch.full((3, 16, 32), 128).byte()
     cfg = settings(targets="crop", crop=32, jitter=(1.0, 1.0), stretch=1.0)
     for value, known in ((1, 16 * 32), (VOID, 0)):
@@ -130,7 +119,6 @@ def test_a_label_is_void_outside_the_image_and_where_the_mask_is(segmenter, monk
     assert padding.abs().max() < 0.5 / 255 / segmenter.clip.std.min() + 1e-6
     assert (crops[0].movedim(1, -1)[label != VOID] == 128).all()
 
-
 def test_an_example_is_read_as_the_settings_say(mini):
     """The image has the recipe's size, mask and truth the file's; of truth no class is kept."""
     sample, masks = rectify.list_samples(mini, "train")[0], str(mini / "SegmentationClass")
@@ -141,7 +129,6 @@ def test_an_example_is_read_as_the_settings_say(mini):
     assert mask.shape[1:] == rectify.load_image(sample.image).shape[1:]
     assert torch.equal(truth == VOID, mask == VOID) and {*truth.unique().tolist()} <= {0, VOID}
 
-
 @pytest.fixture
 def noise(tmp_path):
     """A Sample of noise of the size that the tiny CLIP sees, and its pixels 3×H×W."""
@@ -150,13 +137,11 @@ def noise(tmp_path):
     Image.fromarray(image.numpy()).save(tmp_path / "noise.png")
     return rectify.Sample("noise", tmp_path / "noise.png", None), image.permute(2, 0, 1)
 
-
 def seen(segmenter, sample, **typed):
     """A Labeller, and its logits C×h×w of a whole image."""
     labeller = distill.Labeller(segmenter, distill.configure(segmenter.cfg, **typed))
     labeller.see_all([sample])
     return labeller, labeller.seen[0][0].float()
-
 
 def test_a_whole_image_is_seen_once_with_its_mirror_image(segmenter, noise, monkeypatch):
     """The maps are the mean over both, smoothed; a window of all of the image has their argmax."""
@@ -173,11 +158,9 @@ def test_a_whole_image_is_seen_once_with_its_mirror_image(segmenter, noise, monk
         assert (label == expected).float().mean() > 0.98 and f.shape[2:] == (24, 24)
         labeller.seen = None
 
-
 def test_a_class_that_the_hypothesis_does_not_name_is_doubted(segmenter, noise):
     """penalty: named classes keep their logits, others lose half a standard deviation. Denoising
-    comes last: its -1e4 is no part of that.
-    """
+    comes last: its -1e4 is no part of that."""
     named = rectify.hypothesize(segmenter, noise[1][None])[0]
     free, doubted, denoised = (seen(segmenter, noise[0], penalty=p, denoise=least)[1]
                                for p, least in ((0.0, 0.0), (0.5, 0.0), (0.5, 0.3)))
@@ -185,7 +168,6 @@ def test_a_class_that_the_hypothesis_does_not_name_is_doubted(segmenter, noise):
     assert (lost[named].abs() < 1e-2).all() and (lost[~named] > 0.1).all()
     stays = (denoised > -1e3).all(2).all(1)
     assert 0 < stays.sum() < len(stays) and torch.equal(doubted[stays], denoised[stays])
-
 
 def test_maskclip_plus_learns_from_the_clip_that_nobody_trained(segmenter):
     """Also from a run whose image tower was trained with --finetune."""
@@ -197,12 +179,10 @@ def test_maskclip_plus_learns_from_the_clip_that_nobody_trained(segmenter):
     assert torch.equal(before, after) and torch.equal(f, g)
     assert torch.allclose(look(tower, "reclip++")[1], -f, atol=1e-5)
 
-
 def test_the_run_reports_three_losses_that_fall(taught):
     log = log_of(taught)
     assert all(log[-1][name] < log[0][name] for name in ("loss", "mask", "feature", "text"))
     assert len(log) == 8 and (taught / "figure4.png").is_file()
-
 
 @pytest.mark.parametrize("lr, floor, last", [(0.1, 1e-4, 1e-4), (1e-5, 1e-4, 1e-5)])
 def test_the_schedule_falls_to_its_floor(mini, tmp_path, monkeypatch, lr, floor, last):
@@ -221,7 +201,6 @@ def test_the_schedule_falls_to_its_floor(mini, tmp_path, monkeypatch, lr, floor,
     assert rates == [pytest.approx([last + (start - last) * (1 - k / 10) ** 0.9
                                     for start in (lr, 10 * lr)]) for k in range(10)]
     assert [entry["lr"] for entry in log_of(tmp_path)] == [backbone for backbone, _ in rates[1::2]]
-
 
 def test_killed_and_resumed_to_the_bit(taught, tmp_path, monkeypatch):
     """--resume knows the run's settings: the weights and the log of a run without a break."""
@@ -243,14 +222,12 @@ def test_killed_and_resumed_to_the_bit(taught, tmp_path, monkeypatch):
     assert same(student(whole), student(killed)) and log_of(whole) == log_of(killed)
     assert len(log_of(whole)) == 4 and not (killed / "distill.partial.pt").exists()
 
-
 @pytest.mark.slow
 def test_the_teacher_may_see_every_crop(taught, tmp_path):
     """targets crop, the paper's way: the loss falls, and it is another student."""
     go(out := beginner(taught, tmp_path / "run"), "--epochs", 8, "--targets", "crop")
     assert log_of(out)[-1]["loss"] < 0.9 * log_of(out)[0]["loss"]
     assert not same(student(out), student(taught))
-
 
 @pytest.mark.slow
 def test_ground_truth_teaches_nothing(taught, mini, tmp_path):
@@ -268,11 +245,9 @@ def test_ground_truth_teaches_nothing(taught, mini, tmp_path):
             Image.new("L", Image.open(sample.label).size, 7).save(sample.label)
     assert same(students[0], students[2]) and not same(students[1], students[3])
 
-
 def test_masks_of_any_other_method_can_teach(taught, mini, tmp_path):
     """--teacher FOLDER (Table 11): no features, so two losses; in a folder of that name. A mask
-    that is missing or wrong is named before training.
-    """
+    that is missing or wrong is named before training."""
     out = beginner(taught, tmp_path / "run")
     masks = shutil.copytree(mini / "SegmentationClass", tmp_path / "theirs")
     go(out, "--teacher", masks, "--epochs", 1)
@@ -286,11 +261,9 @@ def test_masks_of_any_other_method_can_teach(taught, mini, tmp_path):
         with pytest.raises(UserError, match=f"{victim.name}.*{message}"):
             go(out, "--teacher", masks)
 
-
 def test_maskclip_plus_is_a_student_beside_ours(taught, tmp_path, monkeypatch, capsys):
     """--teacher maskclip gives MaskCLIP+ in a folder of its own; --eval measures it beside ours,
-    where settings, names and images are the same.
-    """
+    where settings, names and images are the same."""
     out = beginner(taught, tmp_path / "run")
     shutil.copy(taught / "student.pt", out)
     go(out, "--teacher", "maskclip", "--epochs", 8)
@@ -309,7 +282,6 @@ def test_maskclip_plus_is_a_student_beside_ours(taught, tmp_path, monkeypatch, c
             distill.main(["--eval", str(out / "student.pt")])
         assert "MaskCLIP+ is left out" in capsys.readouterr().out
 
-
 def test_a_reclip_teacher_gives_the_student_its_reference(mini, tmp_path):
     """Logits are scale · (norm(u)·Tᵀ − norm(u)·Rᵀ) with ReCLIP's R; ReCLIP++ has none."""
     short = "--dataset emoji --epochs 1 --views 1 --method reclip"
@@ -322,7 +294,6 @@ def test_a_reclip_teacher_gives_the_student_its_reference(mini, tmp_path):
         expected = net.scale * (unit @ net.T.T - unit @ net.R.T)
     assert net.R.any() and torch.allclose(logits[0, :, 2, 3], expected, atol=1e-4)
 
-
 def test_the_student_needs_no_clip(taught, monkeypatch):
     """student.pt holds nothing of CLIP, and segments where no CLIP can be loaded."""
     monkeypatch.delattr(rectify, "load_clip")
@@ -333,13 +304,11 @@ def test_the_student_needs_no_clip(taught, monkeypatch):
     images = torch.zeros(1, 3, 50, 70, dtype=torch.uint8)
     assert distill.predict_student(net, images, cfg, 20).shape == (1, 50, 70)
 
-
 @pytest.mark.parametrize("image, size, expected", [
     ((96, 128), (2048, 96), [88, 120]), ((500, 375), (2048, 512), [672, 504]),
     ((10, 4000), (2048, 96), [8, 2048]), ((1, 1), (2048, 96), [88, 88])])
 def test_the_student_sees_an_image_in_its_own_shape(image, size, expected):
     assert distill.student_size(*image, size) == expected
-
 
 def test_flips_and_scales_average_to_a_mask(taught):
     state = rectify.load(taught / "student.pt", "student")
@@ -351,7 +320,6 @@ def test_flips_and_scales_average_to_a_mask(taught):
     assert not cfg.tta
     assert (mask != distill.predict_student(net, x, cfg, 20)).any()
 
-
 def test_flips_and_scales_keep_the_meaning_of_the_threshold():
     """The mean of the logits over looks, not their sum, makes the probability, here 0.62."""
     net = lambda x: (torch.tensor([0.5, 0.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4), None)
@@ -359,7 +327,6 @@ def test_flips_and_scales_keep_the_meaning_of_the_threshold():
     cfg, image = distill.Config(size=(64, 32), tta=True), torch.zeros(1, 3, 32, 32).byte()
     for threshold, expected in ((0.7, 2), (0.6, 0)):
         assert (distill.predict_student(net, image, cfg, 2, threshold) == expected).all()
-
 
 def test_a_student_of_another_teacher_is_refused(taught, tmp_path):
     """--eval and --resume; and so is a file that is no student."""
@@ -373,7 +340,6 @@ def test_a_student_of_another_teacher_is_refused(taught, tmp_path):
     with pytest.raises(UserError, match="student.pt: no checkpoint with a student"):
         distill.main(["--eval", str(out / "student.pt")])
 
-
 def test_a_bare_command_goes_on_with_the_newest_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="run rectify.py, then distill.py"):
@@ -384,7 +350,6 @@ def test_a_bare_command_goes_on_with_the_newest_run(tmp_path, monkeypatch):
         os.utime(tmp_path / "runs" / name / "rectify.pt", (-when, -when))
     assert distill.find_checkpoint({}).parent.name == "new"
     assert distill.find_checkpoint({"dataset": "voc"}).parent.name == "voc"
-
 
 @pytest.mark.parametrize("args, message", [
     (["--teacher", "reclip"], r"rectify.pt has reclip\+\+ and maskclip"),

@@ -23,22 +23,18 @@ import rectify
 SIZE = (2048, 96)                       # Emoji VOC's recipe: the long and the short side in px
 opened = functools.cache(export.open_model)
 
-
 def load_student(folder):
     """The DeepLabV2 of a folder's student.pt."""
-    return distill.load_student(rectify.load_checkpoint(folder / "student.pt", "student"))
-
+    return distill.load_student(rectify.load(folder / "student.pt", "student"))
 
 def run(file, images):
     """An ONNX file's masks of uint8 images B×H×W×3."""
     return opened(file).run(["mask"], {"image": np.asarray(images)})[0]
 
-
 def noise(B, H, W):
     """Smooth random images, uint8 B×H×W×3."""
     coarse = torch.rand(B, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 255
     return F.interpolate(coarse, (H, W), mode="bilinear").byte().permute(0, 2, 3, 1).contiguous()
-
 
 def refused(capsys, *argv):
     """The one line on stderr with which a command line is refused, after exit code 2."""
@@ -49,7 +45,6 @@ def refused(capsys, *argv):
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 
-
 @pytest.fixture(scope="module")
 def exported(taught, tmp_path_factory):
     """A folder with a student.pt and the three files that the command line made of it."""
@@ -57,11 +52,9 @@ def exported(taught, tmp_path_factory):
     export.main(["--out", str(folder), "--int8"])
     return folder
 
-
 @pytest.fixture(scope="module")
 def photo(mini):
     return sorted((mini / "JPEGImages").iterdir())[0]
-
 
 # ============================================================================= the graph, by itself
 
@@ -72,14 +65,12 @@ def test_the_resize_matrix_is_pytorchs_antialiased_bilinear_resize(size, target)
     exact = F.interpolate(x, (target, 5), mode="bilinear", antialias=True)
     assert torch.allclose(export.resize_matrix(size, target) @ x, exact, atol=1e-6)
 
-
 @pytest.mark.parametrize("H, W, size, seen", [
     (96, 96, SIZE, [88, 88]), (375, 500, SIZE, [88, 120]), (500, 375, SIZE, [120, 88]),
     (1, 1, SIZE, [88, 88]), (400, 500, (520, 520), [416, 520]), (1, 5000, SIZE, [8, 2048]),
     (200, 20_000, SIZE, [24, 2048])])
 def test_the_student_sees_an_images_shape_in_multiples_of_8_and_at_a_bounded_cost(H, W, size, seen):
     assert distill.student_size(H, W, size) == seen
-
 
 @pytest.mark.parametrize("height, width", [(700, 1031), (513, 3), (400, 512)])
 def test_a_long_image_is_decided_at_512_px_and_enlarged(taught, height, width):
@@ -89,7 +80,7 @@ def test_a_long_image_is_decided_at_512_px_and_enlarged(taught, height, width):
     with torch.no_grad():
         mask, p = export.image_to_mask(student, SIZE, 20, probabilities=True)(image)
         x = F.interpolate(image.permute(0, 3, 1, 2) / 255, seen, mode="bilinear", antialias=True)
-        logits, _ = student(distill.prepare(x))
+        logits, _ = student(rectify.normalize(student, 255 * x))
     most = max(512, *seen)
     shape = [max(1, n * most // max(height, width, most)) for n in (height, width)]
     exact = F.interpolate(logits, shape, mode="bilinear", antialias=True).softmax(1)
@@ -97,13 +88,11 @@ def test_a_long_image_is_decided_at_512_px_and_enlarged(taught, height, width):
     enlarged = F.interpolate(p.argmax(1)[:, None].float(), (height, width), mode="nearest-exact")
     assert (mask == enlarged[:, 0]).float().mean() > 0.998
 
-
 def test_all_of_the_graph_lies_on_the_images_device(taught):
     """Tensors without data ("meta") stand for those on a GPU."""
     module = export.image_to_mask(load_student(taught).to("meta"), SIZE, 17, 0.3)
     mask = module(torch.zeros(2, 700, 90, 3, dtype=torch.uint8, device="meta"))
     assert mask.is_meta and mask.shape == (2, 700, 90)
-
 
 # ============================================================================== the files it writes
 
@@ -116,7 +105,6 @@ def test_the_files_agree_with_pytorch_on_real_images_and_distill_measures_the_sa
     own = torch.load(exported / "student.pt", weights_only=True)["mIoU"]
     assert own == mIoU["pytorch"] == pytest.approx(mIoU["student.onnx"], abs=0.1)
     assert mIoU["student.fp16.onnx"] == pytest.approx(mIoU["pytorch"], abs=0.5)
-
 
 @pytest.mark.parametrize("name", export.BOUNDS)
 def test_each_file_is_whole_and_says_what_it_is(exported, name):
@@ -135,7 +123,6 @@ def test_each_file_is_whole_and_says_what_it_is(exported, name):
     share = {"student.onnx": 1, "student.fp16.onnx": 0.6, "student.int8.onnx": 0.4}[name]
     assert len(model.SerializeToString()) <= share * (exported / "student.onnx").stat().st_size
 
-
 @pytest.mark.parametrize("shape", [(1, 96, 96), (2, 101, 87), (3, 63, 200), (1, 375, 500),
                                    (1, 9, 1), (1, 1201, 777), (1, 5, 2048)])
 def test_any_size_and_any_batch(exported, shape):
@@ -147,7 +134,6 @@ def test_any_size_and_any_batch(exported, shape):
         assert (mask == module(image).numpy()).mean() > 0.999
     assert (mask == run(exported / "student.int8.onnx", image)).mean() > 0.7
 
-
 def test_a_square_gives_the_network_one_shape(exported, tmp_path):
     export.write_onnx(export.image_to_mask(load_student(exported), 112, 20),
                       tmp_path / "square.onnx", {})
@@ -156,11 +142,9 @@ def test_a_square_gives_the_network_one_shape(exported, tmp_path):
              for d in value.type.tensor_type.shape.dim[2:]}
     assert sides == {56, 28, 14}, "the feature maps of 112 px"
 
-
 def test_a_mask_with_background_has_0_for_it_and_class_c_is_c_plus_1(exported, tmp_path):
     """Against the definition: the best channel, background where it is a word or below the
-    threshold. Two of the classes serve as words.
-    """
+    threshold. Two of the classes serve as words."""
     student, image = load_student(exported), noise(1, 100, 90)
     most = np.bincount(run(exported / "student.onnx", image).ravel()).argmax()
     order = [c for c in range(20) if c not in (0, most)] + [0, int(most)]
@@ -168,7 +152,7 @@ def test_a_mask_with_background_has_0_for_it_and_class_c_is_c_plus_1(exported, t
     seen = distill.student_size(100, 90, SIZE)
     x = F.interpolate(image.permute(0, 3, 1, 2) / 255, seen, mode="bilinear", antialias=True)
     with torch.no_grad():
-        logits, _ = student(distill.prepare(x))
+        logits, _ = student(rectify.normalize(student, 255 * x))
     best, c = F.interpolate(logits, (100, 90), mode="bilinear").softmax(1).max(1)   # 1 H W each
     threshold = best.quantile(0.3).item()
     expected = torch.where((c < 18) & (best >= threshold), c + 1, 0).numpy()
@@ -179,7 +163,6 @@ def test_a_mask_with_background_has_0_for_it_and_class_c_is_c_plus_1(exported, t
     png = export.palette_png(Image.fromarray(mask[0]), [[0, 0, 0], [*rectify.colour(0)]])
     assert (np.asarray(png) == mask[0]).all() and png.getpalette()[3:6] == [*rectify.colour(0)]
 
-
 @pytest.fixture
 def copied(exported, tmp_path, monkeypatch):
     """A folder with a student.pt, in which export.py copies files instead of tracing."""
@@ -188,7 +171,6 @@ def copied(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "write_onnx", lambda module, path, meta: export.save_onnx(
         onnx.load(exported / next(files)), path, meta))
     return tmp_path / "run"
-
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_file_that_computes_something_else_is_left_out_and_the_others_are_written(
@@ -211,7 +193,6 @@ def test_a_file_that_computes_something_else_is_left_out_and_the_others_are_writ
     assert ("mIoU" in printed) == labelled
     assert {path.name for path in copied.glob("*.onnx")} == {"student.onnx"}
 
-
 def test_a_full_disk_leaves_the_earlier_files(copied, monkeypatch, capsys):
     def full(model, path):
         raise OSError(28, "No space left on device", str(path))
@@ -222,7 +203,6 @@ def test_a_full_disk_leaves_the_earlier_files(copied, monkeypatch, capsys):
     assert "student.onnx: No space left on device" in refused(capsys, "--out", copied)
     assert {path.name for path in copied.iterdir()} == before
     assert (copied / "student.onnx").read_text() == "earlier"
-
 
 # =================================================================================== running a file
 
@@ -245,15 +225,15 @@ def test_an_image_becomes_a_mask_without_pytorch(exported, photo, tmp_path):
     blend = 0.45 * image + 0.55 * np.array([rectify.colour(c) for c in range(20)])[expected]
     assert np.abs(over - blend).max() <= 1
 
-
 def test_a_folder_becomes_a_folder_of_masks_that_can_teach(exported, mini, tmp_path):
     """The masks have the values that `distill.py --teacher DIR` wants."""
     export.main(["--run", str(exported / "student.onnx"), "--image", str(mini / "JPEGImages"),
                  "--mask", str(tmp_path / "masks")])
     images = list((mini / "JPEGImages").iterdir())
     assert {p.stem for p in (tmp_path / "masks").iterdir()} == {p.stem for p in images}
-    distill.check_masks(tmp_path / "masks", rectify.list_samples(mini, "train"), 20)
-
+    for sample in rectify.list_samples(mini, "train"):
+        size = rectify.load_image(sample.image).shape[1:]
+        rectify.load_label(tmp_path / f"masks/{sample.name}.png", size, rectify.VOC_NAMES)
 
 def test_images_are_read_as_rectify_reads_them(tmp_path):
     """Turned, transparent and 16-bit images. What has more bits is refused."""
@@ -270,7 +250,6 @@ def test_images_are_read_as_rectify_reads_them(tmp_path):
     Image.fromarray(x[:, :, 0].astype(np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(export.UserError, match="float.tif: .*convert it to 8 bits"):
         export.read_image(tmp_path / "float.tif")
-
 
 def test_what_the_user_can_mend_is_one_line(exported, photo, tmp_path, capsys, monkeypatch):
     (tmp_path / "text.jpg").write_text("not an image")
@@ -295,7 +274,6 @@ def test_what_the_user_can_mend_is_one_line(exported, photo, tmp_path, capsys, m
     assert "one process" in refused(capsys, "--out", exported)
     assert not out.exists() and not list(tmp_path.glob("*.tmp"))
 
-
 def test_readmes_lines_do_what_they_say(exported, photo, tmp_path, monkeypatch, capsys):
     """The deployment snippet, executed as it stands there."""
     text = (rectify.HERE / "README.md").read_text("utf-8")
@@ -308,13 +286,11 @@ def test_readmes_lines_do_what_they_say(exported, photo, tmp_path, monkeypatch, 
     exec(compile(snippet, "README", "exec"), {})
     assert "%" in capsys.readouterr().out
 
-
 def test_the_page_lies_beside_the_model_and_its_names(exported, tmp_path):
     export.main(["--run", str(exported / "student.onnx"), "--web", str(tmp_path / "site")])
     files = {path.name: path for path in (tmp_path / "site").iterdir()}
     assert files.keys() == {"index.html", "names.json", "student.onnx"}
     assert json.loads(files["names.json"].read_text())["names"] == rectify.VOC_NAMES
-
 
 # ================================================================================== what takes long
 
@@ -323,7 +299,6 @@ SHAPES = [(1, 1), (1, 640), (96, 96), (101, 87), (375, 500), (511, 513), (768, 1
 # file: the share of the pixels on which a runtime agrees with ONNX Runtime, of any image. Runtimes
 # round fp16 and int8 in places of their own.
 LEAST = {"student.onnx": 0.999, "student.fp16.onnx": 0.98, "student.int8.onnx": 0.8}
-
 
 @pytest.fixture(scope="module")
 def images(mini):
@@ -334,14 +309,12 @@ def images(mini):
         made.append(x.clip(0, 255).astype(np.uint8)[None])
     return made
 
-
 def compare(file, images, theirs):
     """Hold a runtime's masks against ONNX Runtime's."""
     ours = [run(file, x) for x in images]
     assert len(np.unique(np.concatenate([mask.ravel() for mask in ours]))) > 2, "proves nothing"
     for shape, a, b in zip(SHAPES, ours, theirs):
         assert (a == b.reshape(a.shape)).mean() >= LEAST[file.name], shape
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LEAST)
@@ -352,7 +325,6 @@ def test_openvino(name, exported, images):
     model = openvino.Core().compile_model(exported / name, "CPU", hint)
     compare(exported / name, images, [model(x)[0] for x in images])
 
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LEAST)
 def test_opencv(name, exported, images):
@@ -362,7 +334,6 @@ def test_opencv(name, exported, images):
         net.setInput(x, "image")
         masks.append(net.forward("mask"))
     compare(exported / name, images, masks)
-
 
 NODE = """
 const ort = require("onnxruntime-web"), fs = require("fs");
@@ -379,7 +350,6 @@ ort.env.wasm.numThreads = 1;
   }
 })();
 """
-
 
 @pytest.mark.slow
 def test_onnxruntime_web(exported, images, tmp_path):
@@ -400,7 +370,6 @@ def test_onnxruntime_web(exported, images, tmp_path):
     for name in LEAST:
         compare(exported / name, images, [np.fromfile(tmp_path / f"{name}.{k}", np.uint8)
                                           for k in range(len(SHAPES))])
-
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read there")
