@@ -215,7 +215,8 @@ def training_batch(student, labeller, examples, cfg):
     fine, coarse = (F.affine_grid(theta, (B, 1, n, n), align_corners=False).float()     # B n n 2
                     for n in (S, s))                    # doubles, since TF32 would round
     images, masks = ([m.to(device, non_blocking=True) for m in some] for some in maps)
-    inside, crops = fine.abs().amax(-1) <= 1, sampled(images, fine).round().byte()  # and B 3 S S
+    inside = fine.abs().amax(-1) <= 1                                       # B S S
+    crops = sampled(images, fine).round().byte()                            # B 3 S S
     label = sampled(masks, fine, "nearest")[:, 0].long()                    # B S S
     void = ~inside | (label == VOID)                                        # B S S
     if labeller and labeller.seen:
@@ -271,7 +272,7 @@ def train(student, labeller, samples, cfg, kept, out, state=None):
     def batches():
         for epoch in range(first, cfg.epochs):
             rectify.reseed(cfg.seed, 1 + epoch)
-            read = lambda i: read_example(samples[i], i, cfg, kept["names"])
+            read = lambda i: read_example(samples[i], i, cfg, kept)
             examples = read_ahead(read, torch.randperm(N).tolist())
             while some := [*itertools.islice(examples, batch)]:
                 yield training_batch(student, labeller, some, cfg)
@@ -340,16 +341,17 @@ def predict_student(student, images, cfg, classes, threshold=0.0):
 # The method ends here. Everything below serves it.
 # ==================================================================================================
 
-def read_example(sample, i, cfg, names):
+def read_example(sample, i, cfg, kept):
     """For a step: (i, image 3×H×W uint8 of the recipe's size, mask 1×H×W of the file's): another
     method's, or 0 in one pixel where CLIP teaches. With --ignore-gt-background it is void where
     ground truth is void or background, and nothing else is used of that."""
     image, mask = load_image(sample.image), torch.zeros(1, 1, dtype=torch.uint8)
     if cfg.teacher not in METHODS:
-        mask = load_label(Path(cfg.teacher) / f"{sample.name}.png", image.shape[1:], names)
+        words = kept["names"] + ["background"] * bool(kept["background"])   # its first word has 0
+        mask = load_label(Path(cfg.teacher) / f"{sample.name}.png", image.shape[1:], words)
     if cfg.ignore_gt_background:
         path = sample.label or f"ground truth of {sample.name}"
-        truth = load_label(path, image.shape[1:], names, cfg.label_base)
+        truth = load_label(path, image.shape[1:], kept["names"], cfg.label_base)
         mask = torch.where(truth == VOID, VOID, mask).byte()
     maps = resize_to_fit(image, cfg.size), mask[None]
     return i, *(m.pin_memory() if torch.cuda.is_available() else m for m in maps)
@@ -424,7 +426,7 @@ def learn(cfg, segmenter, samples, kept, out, state):
         print("warning: --ignore-gt-background learns only where GROUND TRUTH is foreground. That "
               "is the published protocol, and it is not unsupervised")
     if not labeller or cfg.ignore_gt_background:        # the first bad mask ends it here
-        read = lambda sample: read_example(sample, 0, cfg, segmenter.names)
+        read = lambda sample: read_example(sample, 0, cfg, kept)
         for _ in tqdm(read_ahead(read, samples), "masks", len(samples), leave=False):
             pass
     R = labeller.R if cfg.teacher == "reclip" else None

@@ -96,8 +96,8 @@ def read_image(path):
             size = image.size
             if image.mode.startswith(("I", "F")):
                 grey = np.asarray(image)                                            # H W
-                if image.mode == "F" or grey.max() >= 2 ** 16:
-                    raise ValueError("more than 16 bits a pixel; convert it to 8 bits")
+                if image.mode == "F" or grey.min() < 0 or not 0xFF < grey.max() <= 0xFFFF:
+                    raise ValueError("holds greys that are not of 16 bits; convert it to 8 bits")
                 image = Image.fromarray((grey >> 8).astype(np.uint8))
             mode = "RGBA" if image.has_transparency_data else "RGB"
             image = image if image.mode == mode else image.convert(mode)
@@ -324,15 +324,16 @@ def export(args):
     half.aspp.half()                            # the classifier stays fp32: its squares overflow
     train, val = splits(dataset_folder(configure(state["rectify"])))
     names, size = [n.split(", ")[0] for n in state["names"]], args.square or state["config"]["size"]
-    background = ["background"] * (bool(state["background"]) or args.threshold > 0)
+    threshold = state["rectify"]["threshold"] if args.threshold is None else args.threshold
+    background = ["background"] * (bool(state["background"]) or threshold > 0)
     palette = [(0, 0, 0) for _ in background] + [colour(c) for c in range(len(names))]
     meta = {"names": json.dumps(background + names), "palette": json.dumps(palette),
-            "size": json.dumps(size), "threshold": str(args.threshold)}
-    module = image_to_mask(student, size, len(names), args.threshold, probabilities=True)
+            "size": json.dumps(size), "threshold": str(threshold)}
+    module = image_to_mask(student, size, len(names), threshold, probabilities=True)
     with tempfile.TemporaryDirectory(dir=out) as place:
         new = {name: Path(place) / name for name in list(BOUNDS)[:2 + args.int8]}
         for net, file in zip((student, half), new.values()):
-            write_onnx(image_to_mask(net, size, len(names), args.threshold), file, meta)
+            write_onnx(image_to_mask(net, size, len(names), threshold), file, meta)
         if args.int8:
             write_int8(new["student.onnx"], new["student.int8.onnx"], subsample(train, 128), meta)
         sessions = {name: open_model(file) for name, file in new.items()}
@@ -355,8 +356,8 @@ def main(argv=None):
     add("--dataset", help="export runs/<dataset>/student.pt (default: the newest)")
     add("--out", help="folder of the student.pt; the files are written there too")
     add("--square", type=int, metavar="SIDE", help="stretch images to a square (default: do not)")
-    add("--threshold", type=float, default=0.0, metavar="P",
-        help="pixels whose best probability is below P are background (default 0: none)")
+    add("--threshold", type=float, metavar="P",
+        help="pixels whose best probability is below P are background (default: as in the run)")
     add("--int8", action="store_true", help="write student.int8.onnx too")
     add("--web", type=Path, metavar="FOLDER", help="write a page that runs the file in a browser")
     add = parser.add_argument_group("run a file").add_argument
@@ -372,7 +373,7 @@ def main(argv=None):
             raise UserError("torchrun: export.py runs in one process; start it with python")
         if args.image and not args.run or args.run and not (args.image or args.web):
             raise UserError("--run FILE and --image IMAGE go together")
-        if not (32 <= (args.square or 32) <= LARGEST and 0 <= args.threshold < 1):
+        if not (32 <= (args.square or 32) <= LARGEST and 0 <= (args.threshold or 0) < 1):
             raise UserError(f"--square is from 32 to {LARGEST}, --threshold from 0 to below 1")
         if not args.run:
             from rectify import UserError as Theirs

@@ -82,7 +82,7 @@ METHODS = {
     ("context", "reclip++"): dict(alpha=100.0, sharpness=10.0, denoise=0.85, hypothesis="windows"),
     ("ade", "reclip++"): dict(alpha=100.0, sharpness=10.0, denoise=0.5, hypothesis="windows"),
     ("emoji", "reclip++"): dict(alpha=3.0, sharpness=10.0, denoise=0.0)}
-# The CVPR paper's regime: weights that were trained with QuickGELU compute with GELU.
+# As the CVPR paper ran CLIP: with GELU, though its weights were trained with QuickGELU.
 RECIPE_2024 = dict(clip="ViT-B-16", normalization="imagenet")
 COSINE_SHARPNESS = 100.0                # of MaskCLIP's logits, which are cosines: CLIP's own scale
 # What may differ between a checkpoint and the command that goes on with it.
@@ -114,7 +114,7 @@ class Config:
     top_k: int = 2                              # classes of an image in which none reaches t
     prompt: Literal["shared", "per-class"] = "shared"  # one prompt for all classes, or one each
     space: Literal["on", "off"] = "on"          # the space-preference bias P
-    start: Literal["authors", "ours"] = "authors"  # V of word 0, P random; ours: V random, P near 0
+    start: Literal["authors", "ours"] = "authors"  # V token 0, P random; ours: V random, P near 0
     # training
     jitter: tuple[float, float] = (0.5, 2.0)    # range of the random factor on the size
     crop: int = 520                             # side of a training crop, px
@@ -130,7 +130,7 @@ class Config:
     seed: int = 0                               # seed of everything random
     # prediction
     sharpness: float = COSINE_SHARPNESS         # scale of the logits before their softmax
-    denoise: float = 0.5                        # drop classes nowhere as probable; 0: off
+    denoise: float = 0.5                        # leave out classes below it everywhere; 0: off
     threshold: float = 0.0                      # less probable pixels are background; 0: off
     window: int = 0                             # side of a sliding window, px; 0: none
     stride: int = 0                             # step of that window, px; 0: half its side
@@ -236,14 +236,13 @@ def hypothesize(segmenter, images):
     images, side = images.to(segmenter.device), clip.visual.image_size[0]
     scores = lambda x: segmenter.features(x, clip, "clip") @ T.T            # B C
     if cfg.hypothesis == "windows":
-        x, tile = resize_to_fit(images, cfg.size), max(2, cfg.crop // 6)
-        tops, lefts = (window_starts(n, tile, tile // 2) for n in x.shape[-2:])
-        tiles = (x[..., i:i + tile, j:j + tile] for i in tops for j in lefts)
+        x, edge = resize_to_fit(images, cfg.size), max(2, cfg.crop // 6)
+        tops, lefts = (window_starts(n, edge, edge // 2) for n in x.shape[-2:])
+        tiles = [x[..., i:i + edge, j:j + edge] for i in tops for j in lefts]
         best = [scores(v2.functional.resize(tile, [side, side])).argmax(1) for tile in tiles]
         return torch.stack([F.one_hot(c, len(T)) for c in best]).amax(0).bool()
     s = scores(clip_view(images, side, cfg.view))
-    if cfg.hypothesis == "softmax":
-        s = (segmenter.scale * s).softmax(1)
+    s = (segmenter.scale * s).softmax(1) if cfg.hypothesis == "softmax" else s
     return multi_label(s, cfg.t, cfg.top_k)
 
 def reference_features(clip, V, tokens):
@@ -290,8 +289,9 @@ def conv_bn_relu(c_in, c_out):
 
 class ReCLIP(nn.Module):
     """Rectified logits f·Tᵀ − B, with B = f·Rᵀ + P: class- and space-preference bias (CVPR 2024).
-    P = g(PE): C×h×w. forward(f: B×D×h×w, T: C×D, R: C×D, PE: 1×d×h×w) -> B×C×h×w."""
-
+    V and g get a gradient through the masks alone, so R and P become what has to be subtracted for
+    a mask's features to be nearest to its class's text. P = g(PE): C×h×w.
+    forward(f: B×D×h×w, T: C×D, R: C×D, PE: 1×d×h×w) -> B×C×h×w."""
     def __init__(self, V, *, d, D, C, start="authors", space=True):
         super().__init__()
         self.V, self.space = nn.Parameter(V), space
@@ -309,7 +309,6 @@ class ReCLIP(nn.Module):
 class ReCLIPpp(nn.Module):
     """Rectified logits decoder([f; f·Tᵀ − B]) with B = P·Rᵀ, the same for every image (IJCV 2025).
     P = g(PE): D×h×w. forward(f: B×D×h×w, T: C×D, R: C×D, PE: 1×d×h×w) -> B×C×h×w."""
-
     def __init__(self, V, *, d, D, C, start="authors", space=True):
         super().__init__()
         self.V, self.space = nn.Parameter(V), space
@@ -331,8 +330,8 @@ def gumbel_mask(logits, alpha):
     return F.gumbel_softmax(alpha * logits, tau=1, hard=True, dim=1)
 
 def pool(M, f, valid):
-    """z_c = the mean of M_c ⊙ f over the grid, padding (not valid) left out: B×C×D of masks M:
-    B×C×h×w, f: B×D×h×w, valid: B×h×w bool. A larger mask has a longer z."""
+    """z_c = the mean of M_c ⊙ f over all patches that are no padding: B×C×D. It is not divided by
+    the mask's area, so a small mask has a short z. M: B×C×h×w, f: B×D×h×w, valid: B×h×w bool."""
     z = torch.einsum("bchw,bdhw->bcd", M * valid[:, None], f)               # B C D
     return z / valid.sum((1, 2)).view(-1, 1, 1)
 
@@ -347,7 +346,6 @@ class Segmenter(nn.Module):
     background: words that are learned as classes are and stand behind them; their pixels are
     background. state: a checkpoint, whose T and weights are taken. forward(x), a training step's:
     f: B×D×h×w (with finetune uint8 views B×3×H×W) to (rectified logits B×C×h×w, f)."""
-
     def __init__(self, cfg, names, background=(), state=None):
         super().__init__()
         self.cfg, self.names, self.background = cfg, names, [*background]
@@ -356,7 +354,7 @@ class Segmenter(nn.Module):
         self.classes += ["background"] * bool(background or cfg.threshold)
         self.device = pick_device(cfg)
         self.clip, self.tokenizer = load_clip(cfg, self.device)
-        self.clip_before = copy.deepcopy(self.clip) if cfg.finetune else self.clip  # MaskCLIP's
+        self.clip_before = copy.deepcopy(self.clip) if cfg.finetune else self.clip  # untrained
         self.tokens, L = name_tokens(self.clip, self.tokenizer, [w.split(", ")[0] for w in words])
         T = state["T"] if state else text_features(self.clip, self.tokenizer, words)    # C D
         self.T, self.rectifier = T.to(self.device), None
@@ -367,9 +365,9 @@ class Segmenter(nn.Module):
             self.hypothesis_clip = clip, text_features(clip, tokenizer, words)
         self.scale = self.clip.logit_scale.exp().item()
         if cfg.method != "maskclip":
-            word0, (C, D) = self.clip.text.token_embedding.weight[0].cpu(), T.shape     # d
-            shape = (L, len(word0)) if cfg.prompt == "shared" else (C, L, len(word0))
-            V = 0.02 * torch.randn(shape) if cfg.start == "ours" else word0.repeat(*shape[:-1], 1)
+            (C, D), token0 = T.shape, self.clip.text.token_embedding.weight[0].cpu()    # d
+            shape = (L, len(token0)) if cfg.prompt == "shared" else (C, L, len(token0))
+            V = 0.02 * torch.randn(shape) if cfg.start == "ours" else token0.repeat(*shape[:-1], 1)
             model = ReCLIP if cfg.method == "reclip" else ReCLIPpp
             self.rectifier = model(V, d=self.clip.visual.conv1.out_channels, D=D, C=C,
                                    start=cfg.start, space=cfg.space == "on").to(self.device).eval()
@@ -486,7 +484,7 @@ def train(segmenter, data, samples, out, state=None):
 def denoise(logits, sharpness, least):
     """Prompt denoising: a class that is nowhere as probable as `least` leaves the image.
     logits: B×C×h×w, probabilities softmax(sharpness · logits). A class that leaves gets -1e4, since
-    -inf interpolates to NaN. Where all would leave, all stay (authors: only the first)."""
+    -inf interpolates to NaN. Where all would leave, all stay (authors: class 0 alone)."""
     if not least:
         return logits
     gone = (sharpness * logits).softmax(1).amax((2, 3), keepdim=True) < least  # B C 1 1
@@ -523,7 +521,7 @@ def predictor(segmenter):
     """The function from uint8 images B×3×H×W to masks {"maskclip": B×H×W, and the method's own}:
     the one chain of prediction, resize, slide, denoise, decide."""
     cfg, patch = segmenter.cfg, segmenter.clip.visual.patch_size[0]
-    sharpness = {cfg.method: cfg.sharpness, "maskclip": COSINE_SHARPNESS}
+    sharpness = {"maskclip": COSINE_SHARPNESS, cfg.method: cfg.sharpness}
     R = segmenter.reference() if segmenter.rectifier else None
 
     def dense(x):
@@ -938,8 +936,8 @@ def subsample(samples, count):
 
 def clip_view(images, side, view):
     """What CLIP's image feature sees: short side `side` px, the middle square or view "whole"."""
-    if max(images.shape[-2:]) > 8 * min(images.shape[-2:]):                 # cost is bounded
-        images = v2.functional.center_crop(images, [8 * min(images.shape[-2:])] * 2)
+    most = 8 * min(images.shape[-2:])                                       # cost is bounded
+    images = v2.functional.center_crop(images, [min(n, most) for n in images.shape[-2:]])
     x = resize_to_fit(images, (10 ** 6, side), v2.InterpolationMode.BICUBIC)    # as CLIP's own
     return x if view == "whole" else v2.functional.center_crop(x, side)
 
@@ -1164,9 +1162,9 @@ def compare(path, state, config, free, typed):
 
 def contents(segmenter, samples):
     """What a checkpoint of rectify.py holds: plain values and tensors."""
-    return {"config": asdict(segmenter.cfg), "names": segmenter.names, "T": segmenter.T,
+    return {"config": asdict(segmenter.cfg) | {"resume": False}, "names": segmenter.names,
             "background": segmenter.background, "images": [sample.name for sample in samples],
-            "rectifier": segmenter.rectifier.state_dict(),
+            "T": segmenter.T, "rectifier": segmenter.rectifier.state_dict(),
             "clip": segmenter.clip.visual.state_dict() if segmenter.cfg.finetune else None}
 
 def resume(state, optimizer):
@@ -1369,10 +1367,10 @@ def checkpoint(cfg, typed):
     """The checkpoint to measure, to segment images by, or to go on with; None for a new run."""
     if cfg.eval or cfg.method == "maskclip" or not (cfg.image or cfg.resume):
         return cfg.eval or None
-    out = Path(cfg.out)
+    last, partial = Path(cfg.out, "rectify.pt"), Path(cfg.out, "rectify.partial.pt")
     if cfg.image:
-        return out / "rectify.pt" if "out" in typed else newest("rectify.pt")
-    return next(filter(Path.is_file, [out / "rectify.partial.pt", out / "rectify.pt"]), None)
+        return last if {"out", "dataset"} & typed.keys() else newest("rectify.pt")
+    return next(filter(Path.is_file, [partial, last]), None)
 
 def segment(segmenter):
     """--image: of an image, or each in a folder, NAME.mask.png, a palette PNG with VOC's values,
@@ -1394,7 +1392,8 @@ def measure(segmenter, samples, val, out, started):
     cfg, names = segmenter.cfg, segmenter.classes
     predict, name_images = predictor(segmenter), functools.partial(hypothesize, segmenter)
     if not val:
-        return save_figure(figure4(predict, subsample(samples, 8), names), out / "figure4.png")
+        some = [sample._replace(label=None) for sample in subsample(samples, 8)]
+        return save_figure(figure4(predict, some, names), out / "figure4.png")
     results, found, y = evaluate(predict, val, names, cfg.label_base, name_images)
     write(out / "rectify.json", json.dumps({
         "results": results, "hypothesis": y, "config": asdict(cfg), "versions": versions(),
@@ -1410,7 +1409,7 @@ def main(argv=None):
     if cfg.image and WORLD > 1:
         raise UserError("--image: runs in one process; start it without torchrun")
     vocs = cfg.dataset == "context" and not Path(cfg.data, "ImageSets/SegmentationContext").is_dir()
-    if cfg.data and not cfg.names and ("dataset" not in typed or vocs):     # vocs: other labels
+    if cfg.data and not (cfg.names or cfg.eval) and ("dataset" not in typed or vocs):
         raise UserError("--data: needs --names, a file with one class name a line")
     state = load(path) if (path := checkpoint(cfg, typed)) else None
     if state:
