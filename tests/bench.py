@@ -152,7 +152,8 @@ def bench_training(folder):
     student.to(memory_format=torch.channels_last if gpu else torch.preserve_format)     # as train
     torch.backends.cudnn.benchmark = True
     descent = distill.make_optimizer(student, course)
-    batch = [distill.read_example(samples[k], k, course, names) for k in range(course.batch)]
+    kept = {"names": names, "background": []}
+    batch = [distill.read_example(samples[k], k, course, kept) for k in range(course.batch)]
     weights = {part: getattr(course, f"{part}_weight") for part in ("mask", "feature", "text")}
     taught = noise(course.batch, 3, course.crop, course.crop).to(device)
     fill = (255 * clip.mean).round().byte()

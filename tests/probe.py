@@ -80,8 +80,9 @@ def student_step():
     labeller = distill.Labeller(segmenter, course)
     labeller.see_all(samples)
     student = distill.DeepLabV2(course, segmenter.T, None, segmenter.scale).to(DEVICE).train()
-    optimizer, names = distill.make_optimizer(student, course), segmenter.names
-    batch = [distill.read_example(samples[k], k, course, names) for k in range(course.batch)]
+    optimizer = distill.make_optimizer(student, course)
+    kept = {"names": segmenter.names, "background": []}
+    batch = [distill.read_example(samples[k], k, course, kept) for k in range(course.batch)]
     weights = {"mask": 1.0, "feature": 0.5, "text": 0.5}
     return lambda: distill.step(student, optimizer, *distill.training_batch(
         student, labeller, batch, course), weights)

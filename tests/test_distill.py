@@ -122,7 +122,8 @@ def test_a_label_is_void_outside_the_image_and_where_the_mask_is(segmenter, monk
 def test_an_example_is_read_as_the_settings_say(mini):
     """The image has the recipe's size, mask and truth the file's; of truth no class is kept."""
     sample, masks = rectify.list_samples(mini, "train")[0], str(mini / "SegmentationClass")
-    read = lambda **typed: distill.read_example(sample, 5, settings(**typed), rectify.VOC_NAMES)
+    kept = {"names": rectify.VOC_NAMES, "background": []}
+    read = lambda **typed: distill.read_example(sample, 5, settings(**typed), kept)
     (i, image, none), mask = read(), read(teacher=masks)[2]
     truth = read(ignore_gt_background=True)[2]
     assert i == 5 and min(image.shape[1:]) == 96 and none.shape == (1, 1, 1) and not none.any()
