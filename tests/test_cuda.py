@@ -227,7 +227,8 @@ def test_a_step_of_the_student_waits_for_nothing(gpu, samples, tmp_path, options
             labeller.see_all(samples)
             labeller.see_all = lambda samples: None     # once for both
         gpu.waits.clear()
-        distill.train(student, labeller, samples[:N], cfg, {"names": segmenter.names}, tmp_path)
+        kept = {"names": segmenter.names, "background": []}
+        distill.train(student, labeller, samples[:N], cfg, kept, tmp_path)
         waits.append([*gpu.waits])
     assert waits[0] == waits[1] and len(waits[0]) <= 3 * cfg.epochs
 

@@ -197,7 +197,7 @@ def test_the_schedule_falls_to_its_floor(mini, tmp_path, monkeypatch, lr, floor,
     monkeypatch.setattr(distill, "step", step)
     masks, samples = str(mini / "SegmentationClass"), rectify.list_samples(mini, "train")
     cfg = settings(teacher=masks, epochs=5, batch=12, lr=lr, floor=floor, head=10.0)
-    kept = {"names": rectify.VOC_NAMES}
+    kept = {"names": rectify.VOC_NAMES, "background": []}
     distill.train(net_of(torch.eye(20)), None, samples, cfg, kept, tmp_path)
     assert rates == [pytest.approx([last + (start - last) * (1 - k / 10) ** 0.9
                                     for start in (lr, 10 * lr)]) for k in range(10)]
