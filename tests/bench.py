@@ -316,6 +316,5 @@ def main(argv=None):
                                     round(time.time() - started, 1)}, indent=1))
     print(f"{time.time() - started:.0f} s in all. Wrote {path}")
 
-
 if __name__ == "__main__":
     rectify.run(main)
