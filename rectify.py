@@ -965,7 +965,7 @@ def slide(dense, x, patch, cfg):
 def draw_view():
     """What is random in a view: four numbers in [0, 1), and how colours are distorted."""
     colours = v2.RandomPhotometricDistort().make_params([torch.empty(3, 1, 1)])
-    return torch.rand(4).tolist(), colours | {"channel_permutation": None}  # mmseg's has none
+    return torch.rand(4).tolist(), colours | {"channel_permutation": None}  # authors: none
 
 def augment(image, cfg, drawn, fill):
     """A view of an image 3×H×W, as `draw_view` drew it: resized, flipped, colours distorted,
