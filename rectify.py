@@ -1417,7 +1417,8 @@ def main(argv=None):
         compare(path, state, Config, FREE, typed)
         cfg = configure(state["config"], **{"out": str(Path(path).parent)} | typed)
     names, background = (state["names"], state["background"]) if state else class_names(cfg)
-    if typed.keys() & {"names", "background", "resume"} and class_names(cfg) != (names, background):
+    asked = state and typed.keys() & {"names", "background", "resume"}
+    if asked and class_names(cfg) != (names, background):
         raise UserError(f"{path}: has other class names; for any words give --method maskclip")
     if cfg.names:
         print(f"{len(names)} classes: {'; '.join(names)}; background: {', '.join(background)}")
