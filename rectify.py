@@ -71,7 +71,7 @@ RECIPES = {
     "emoji": dict(method="reclip++", clip="local-dir:tests/emoji/clip", pretrained="",
                   size=(2048, 192), jitter=(0.8, 1.25), crop=192, hypothesis="softmax",
                   view="whole", t=0.2, top_k=1, prompt="per-class", start="ours", optimizer="adam",
-                  lr=1e-2, lr_conv=3e-3, weight_decay=0.0, epochs=8, batch=16, views=2)}
+                  lr=1e-2, lr_conv=3e-3, weight_decay=0.0, epochs=12, batch=16)}
 # ReCLIP's logits are differences of cosines; those of ReCLIP++ leave a BatchNorm with variance 1.
 METHODS = {
     ("voc", "reclip"): dict(alpha=1000.0, sharpness=100.0, denoise=0.5),
@@ -91,8 +91,7 @@ FREE = {"root", "data", "names", "background", "label_base", "out", "sharpness",
 
 @dataclass(kw_only=True)
 class Config:
-    """All that a run depends on; RECIPES and METHODS replace values. The command line is made of
-    these lines: the comment behind a field is its help."""
+    """All that a run depends on. The command line is made of these lines and their comments."""
     # data
     dataset: Literal["emoji", "voc", "context", "ade"] = "emoji"  # recipe, and data without --data
     recipe: Literal["", "2024"] = ""            # 2024: GELU and ImageNet's mean, the CVPR regime
@@ -142,7 +141,6 @@ class Config:
     image: str = ""                             # segment this image, or all in this folder
 
 # =========================================================================================== 2 CLIP
-
 def normalize(clip, images):
     """uint8 B×3×H×W to what CLIP takes: (x / 255 - mean) / std."""
     return (images.float() / 255 - clip.mean) / clip.std
@@ -445,8 +443,7 @@ def make_optimizer(segmenter):
 
 def train(segmenter, data, samples, out, state=None):
     """Learn the rectifier from the hypotheses alone. An epoch sees one view of every image.
-    data: `training_data` of this process. samples: of all. state: an interrupted run's checkpoint.
-    """
+    data: `training_data` of this process. samples: all. state: an interrupted run's checkpoint."""
     cfg, device, (x, valid, y) = segmenter.cfg, segmenter.device, data
     N, batch = len(y), max(1, cfg.batch // WORLD)
     optimizer, steps = make_optimizer(segmenter), math.ceil(N / batch)
@@ -501,8 +498,7 @@ def decide(logits, patch, resized, original, classes, sharpness=1.0, threshold=0
     classes: how many of the C are classes; background words stand behind them. The value `classes`
     is background: such a word is best, or no class is as probable as the threshold θ. That is one
     more logit to lose against: exp(s·logit − logsumexp) < θ, so (logsumexp + log θ) / s. resized,
-    original: (height, width) that CLIP saw, and of the file. At most LARGEST_MAP numbers at once;
-    a larger mask is enlarged by nearest neighbour."""
+    original: (height, width) that CLIP saw, and of the file. Above LARGEST_MAP by nearest pixel."""
     shrink = min(1, (LARGEST_MAP / (logits.size(1) * math.prod(original))) ** 0.5)
     size, masks = [max(1, round(shrink * n)) for n in original], []
     for one in logits.split(1):
@@ -518,8 +514,7 @@ def decide(logits, patch, resized, original, classes, sharpness=1.0, threshold=0
 
 @torch.no_grad()
 def predictor(segmenter):
-    """The function from uint8 images B×3×H×W to masks {"maskclip": B×H×W, and the method's own}:
-    the one chain of prediction, resize, slide, denoise, decide."""
+    """The one chain of prediction: uint8 images B×3×H×W to {"maskclip" and cfg.method: B×H×W}."""
     cfg, patch = segmenter.cfg, segmenter.clip.visual.patch_size[0]
     sharpness = {"maskclip": COSINE_SHARPNESS, cfg.method: cfg.sharpness}
     R = segmenter.reference() if segmenter.rectifier else None
@@ -655,10 +650,10 @@ DATASETS = {
             "ADEChallengeData2016", ADE_NAMES)}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 KINDS = re.compile(                     # what tells an image from its mask in the name of a file
-    "(label(train)?id|leftimg8bit|groundtruth|annotation|segmentation|instance|semantic|trimap|"
-    "overlay|original|target|figure|binary|colou?r|alpha|image|label|matte|photo|truth|mask|anno|"
-    "fine|orig|pred|segm|ann|img|lbl|msk|rgb|lab|sat|seg|viz|gt)s?")
+    "(label(train)?id|leftimg8bit|groundtruth|annotation|segmentation|overlay|original|figure|"
+    "image|colou?r|label|photo|truth|mask|fine|orig|pred|segm|anno|ann|img|lbl|msk|rgb|seg|viz|gt)s?")
 VOID = 255
+NO_CLASS = "background void unlabeled unlabelled ignore other none class classes name names".split()
 
 Sample = namedtuple("Sample", "name image label")       # image, label: files; label may be None
 
@@ -683,8 +678,7 @@ def dataset_folder(cfg):
     return target / inside
 
 def fetch(files, root):
-    """The paths of files [(name, md5, address)] in the folder `root`, downloaded unless they are
-    there. Raises one UserError that names all that is missing."""
+    """The paths of files [(name, md5, address)] in `root`, fetched where missing, or UserError."""
     paths, missing = [root / name for name, *_ in files], []
     for path, (name, md5, address) in zip(paths, files):
         tried = ""
@@ -747,16 +741,16 @@ def class_names(cfg):
         words = line.removeprefix("background:").split(",")
         words = [word.strip() for word in words if word.strip()]
         for word in words:
-            if not re.fullmatch(r"[^\W\d_]([\w'&+-]| (?!\d))*", word):
-                raise UserError(f"{source}, line {number}: '{word}' is no class name; write words, "
-                                "one class a line, synonyms after commas")
+            if not re.fullmatch(r"[^\W\d_]([\w'&+-]| (?!\d))*", word) or word.lower() in NO_CLASS:
+                raise UserError(f"{source}, line {number}: '{word}' is no class name; write one "
+                                "class a line, synonyms after commas; or 'background: sky, wall'")
         if line.startswith("background:"):
             background += words
         elif words:
             names.append(", ".join(words))
     own = ", ".join(names).lower().split(", ")
     background = [word for word in dict.fromkeys(background) if word.lower() not in own]
-    if not 0 < len(names) < VOID or len({*own}) < len(own) or "background" in own:
+    if not 0 < len(names) < VOID or len({*own}) < len(own):
         raise UserError(f"{source}: name 1 to {VOID - 1} classes, each word once; what is no class "
                         "stands in a line 'background: sky, wall'")
     if len(names) == 1 and not (background or cfg.threshold):
@@ -780,6 +774,7 @@ def list_samples(folder, split):
     else:
         labels, images = folder / "none", find_images(folder) if split == "train" else {}
         names = images
+        list(read_ahead(refuse_mask, images.values()))
     samples = []
     for name in filter(None, map(str.strip, names)):
         image, label = images.get(name, where / f"{name}.jpg"), labels / f"{name}.png"
@@ -793,9 +788,8 @@ def list_samples(folder, split):
     return samples
 
 def find_images(folder):
-    """The images in a folder and below, {path without its suffix: path}, hidden ones left out.
-    Raises UserError where there is none, and where two may be an image and its mask: their names
-    are equal but for the folder, the suffix, or a word like "mask"."""
+    """{path without its suffix: path} of the images in a folder and below, no hidden ones. Raises
+    UserError where two names are equal but for the folder, the suffix, or a word like "mask"."""
     images, seen = {}, {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder).with_suffix("")
@@ -816,6 +810,8 @@ def splits(folder):
 def check_labels(samples, names, base):
     """Read every validation image and its label before training, and print how labels are read.
     Raises UserError for the first that cannot be read, or holds a value that is no class."""
+    if base == 0 and names[-1] == "background":
+        raise UserError("--label-base 0: no label is background; drop its words and --threshold")
     read, found = lambda sample: read_pair(sample, names, base)[1].unique().tolist(), set()
     for values in tqdm(read_ahead(read, samples), "labels", len(samples), leave=False):
         found |= {*values} - {VOID}
@@ -840,9 +836,16 @@ def open_image(path, what):
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable {what} ({error}); replace or remove it")
 
+def refuse_mask(path):
+    """Raise UserError for an image of at most 64 colours, as masks are; a JPEG has always more."""
+    image = open_image(path, "image") if path.suffix.lower() not in (".jpg", ".jpeg") else None
+    if image and image.mode[0] not in "FI" and image.convert("RGB").getcolors(64):
+        raise UserError(f"{path}: has few colours, as a mask has; give photographs alone (drawings "
+                        "as JPEG)")
+
 def load_image(path, longest=None):
-    """Any image as 3×H×W uint8 RGB: EXIF applied, 16 bits cut to 8, transparency laid on white,
-    made smaller where a side has more than `longest` px."""
+    """Any image as 3×H×W uint8 RGB: EXIF applied, 16 bits cut to 8, white behind transparency,
+    smaller where a side has more than `longest` px."""
     image = ImageOps.exif_transpose(open_image(path, "image"))
     low, high = image.getextrema() if image.mode[0] in "FI" else (0, 0xFFFF)
     if image.mode == "F" or low < 0 or not 0xFF < high <= 0xFFFF:
@@ -1067,11 +1070,10 @@ def save_galleries(predict, val, found, names, base, out):
         save_figure(figure4(predict, samples, names, base), out / f"figure{number}.png")
 
 # ================================================================================== 10 loading CLIP
-
 # The 85 sentences that T is averaged over: OpenAI's 80 for ImageNet and five of a scene.
-SCENE = ["there is a", "there is the", "this is a", "this is the", "this is one"]
-TEMPLATES = [*open_clip.OPENAI_IMAGENET_TEMPLATES,
-             *(f"{start} {{}} in the scene.".format for start in SCENE)]
+SCENE = [f"{start} {{}} in the scene.".format for start in (
+    "there is a", "there is the", "this is a", "this is the", "this is one")]
+TEMPLATES = [*open_clip.OPENAI_IMAGENET_TEMPLATES, *SCENE]
 
 def load_clip(cfg, device):
     """(open_clip's model, frozen, with buffers mean and std 3×1×1; its tokenizer) or UserError."""
@@ -1235,9 +1237,8 @@ def in_bf16(device):
 ALL_THREADS = torch.get_num_threads()
 
 def tune_threads(work, device):
-    """Compute on the CPU with the number of threads, which is returned, that does `work` fastest:
-    all, half or one. Beside other programs all wait for the thread whose core is taken. Nothing
-    changes where OMP_NUM_THREADS is set."""
+    """Compute on the CPU with all, half or one thread, whichever does `work` fastest: beside other
+    programs all wait for the one whose core is taken. OMP_NUM_THREADS has its way. Returns it."""
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         seconds = {}
         for n in 2 * sorted({ALL_THREADS, -(-ALL_THREADS // 2), 1}, reverse=True):
@@ -1260,12 +1261,12 @@ def wrap_ddp(module, **options):
     return nn.parallel.DistributedDataParallel(module, **options) if WORLD > 1 else module
 
 def own_share(samples):
-    """This process's samples, as many as every other has; up to WORLD - 1 are left out."""
-    return samples[RANK::WORLD][:len(samples) // WORLD]
+    """This process's samples, as many as every other has, one at least; a few are left out."""
+    return (WORLD * samples)[RANK::WORLD][:max(1, len(samples) // WORLD)]
 
 def reseed(seed, number):
     """Seed torch in each process, so that a resumed run repeats what an uninterrupted one does."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, RANK, number]).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence([abs(seed), RANK, number]).generate_state(1)[0]))
 
 def allocate(shape, dtype, device, out):
     """An empty tensor of a NumPy dtype: on the GPU where 3 GB stay free (for --finetune 9), else
@@ -1354,7 +1355,7 @@ def run(main):
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     try:
         main()
-    except (UserError, OSError) as error:
+    except (UserError, OSError, NotImplementedError) as error:      # the last: no locks here
         what = f"{error.filename}: {error.strerror}" if getattr(error, "filename", "") else error
         print(f"error: {what}", file=sys.stderr)
         sys.exit(2)
@@ -1387,8 +1388,7 @@ def segment(segmenter):
     print(f"wrote {out}/{name}.mask.png and .figure.png, for each of {len(images)} images")
 
 def measure(segmenter, samples, val, out, started):
-    """Measure on labelled images: the table, rectify.json and the figures. Without labels draw
-    Fig. 4 of training images alone. started: when the run did."""
+    """Measure on labelled images: the table, rectify.json, figures; without labels Fig. 4 alone."""
     cfg, names = segmenter.cfg, segmenter.classes
     predict, name_images = predictor(segmenter), functools.partial(hypothesize, segmenter)
     if not val:

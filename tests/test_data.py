@@ -37,8 +37,9 @@ def encoded(image, form="PNG", turn=1, **options):
     image.save(file := io.BytesIO(), form, **options)
     return file.getvalue()
 
-def jpg(seed=0, turn=1):
-    return encoded(np.random.default_rng(seed).integers(0, 256, (H, W, 3), np.uint8), "JPEG", turn)
+def jpg(seed=0, turn=1, size=1):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size * H, size * W, 3), np.uint8)
+    return encoded(pixels, "JPEG", turn)
 
 def tree(folder, files):
     """Write {path: bytes} into a folder; a list of paths gets images."""
@@ -279,6 +280,7 @@ def test_a_names_file_has_a_class_a_line(content, typed, names, background, tmp_
         "0: dog", "names:", "- dog", "dog: puppy", "dog,64,0,128", "dog 64 0 128", "dog 1", "1 dog",
         "dog;horse", "dog\thorse", '"dog"', "'dog'", "['dog', 'horse']", '{"dog": 1}', "# animals",
         "dog # an animal", "<name>dog</name>", "dog|horse", "Background: sky", "background : sky",
+        "void", "Unlabeled", "class", "Name", "ignore", "background: void",
         "_background_", "background: sky; wall", "background: 0", "St. Bernard", "dog\0")),
     ("dog\ncat\n".encode("utf-16"), "line 1"), ("caf\xe9\ncat\n".encode("latin-1"), "line 1"),
     ("dog\nbackground\n", "background: sky, wall"), ("Background\ndog\n", "background: sky, wall"),
@@ -315,6 +317,18 @@ def test_what_may_be_a_mask_is_refused(image, mask, tmp_path):
     tree(tmp_path, ["beach.jpg", image, mask])
     refused(lambda: rectify.splits(tmp_path), tmp_path / image, tmp_path / mask)
 
+@pytest.mark.parametrize("mask", [
+    "x_mask_0.png", "x_L.png", "x_m.png", "Mask of x.png", "masks/0.png", "seg/1.bmp", "seg/2.tif"])
+def test_a_mask_is_refused_by_its_colours(mask, tmp_path):
+    """What its name does not tell: palette, grey or coloured; drawings may come as JPEG."""
+    tree(tmp_path, {"beach.jpg": jpg(), "drawing.jpg": encoded(ONES, "JPEG")})
+    assert len(rectify.splits(tmp_path)[0]) == 2
+    grey, form = Image.fromarray(LABEL), {".bmp": "BMP", ".tif": "TIFF"}.get(mask[-4:], "PNG")
+    for kind in (grey, Image.open(io.BytesIO(rectify.palette_png(LABEL))).convert("RGB"),
+                 Image.open(io.BytesIO(rectify.palette_png(LABEL)))):
+        tree(tmp_path, {mask: encoded(kind, form)})
+        refused(lambda: rectify.splits(tmp_path), tmp_path / mask, "few colours", "JPEG")
+
 def test_holiday_photographs_are_accepted(tmp_path):
     """Numbered ones; hidden files are none, but what stands above the folder does not matter."""
     own = ["IMG_0001.jpg", "IMG_0002.jpg", "photo (1).jpg", "photo (2).jpg", "photo.JPG", "7.webp",
@@ -322,6 +336,9 @@ def test_holiday_photographs_are_accepted(tmp_path):
            "Rome/DSC001.jpeg", "Rome/DSC002.jpeg", "Paris/DSC003.png", "Paris/image.png", "犬.jpg"]
     hidden = ["._IMG_0001.jpg", ".thumbs/IMG_0001.jpg", "Rome/.cache/DSC001.jpg"]
     folder = tree(tmp_path / ".private", own + hidden + ["notes.txt"])
+    drawn = np.arange(100 * 100).reshape(100, 100) % 9999 * 6       # greys of 16 bits, each another
+    tree(folder, {"Paris/DSC003.png": encoded(drawn.astype(np.uint16)), "7.webp": jpg(size=40),
+                  "Paris/image.png": jpg(size=40)})
     train, val = rectify.splits(folder)
     assert sorted(s.image.relative_to(folder).as_posix() for s in train) == sorted(own)
     assert {s.name for s in train} >= {"Rome/DSC001", "photo (1)"} and not val
@@ -392,6 +409,7 @@ def test_one_line_says_how_labels_are_read(tmp_path, capsys):
     own_voc(tmp_path, THREE, jpg(1, turn=3))
     pets = "labels: 0 sky, ..., 2 cat, 255 void; found 0 to 2\n"
     assert reading(["sky", "dog", "cat"], 0) == pets
+    refused(lambda: reading(["sky", "dog", "background"], 0), "--label-base 0", "background")
     own_voc(tmp_path, THREE, jpg(1, turn=6))
     refused(lambda: reading(["dog", "cat"], 1), "another size")
 
@@ -471,7 +489,8 @@ def test_batches_hold_one_size_and_every_sample_once(tmp_path, monkeypatch):
         form, turn = ("JPEG", "PNG", "TIFF")[k % 3], (1, 6, 9, 3)[k % 4]    # 9 is no orientation
         image = Image.new("RGB", ((W, H), (H, W))[k % 2], (10 * k,) * 3)
         files[f"{chr(97 + k)}.{form.lower()}"] = encoded(image, form, turn)
-    samples = rectify.splits(tree(tmp_path, files))[0]
+    images = rectify.find_images(tree(tmp_path, files))
+    samples = [rectify.Sample(name, path, None) for name, path in images.items()]
     monkeypatch.setattr(rectify, "LARGEST_BATCH", 5 * H * W)
     read, order = lambda sample: rectify.load_image(sample.image), []
     for batch, images in rectify.batches_of_one_size(samples, read, "x"):

@@ -173,13 +173,14 @@ def test_tables_go_on_after_an_interrupt(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     calls, values = [], iter([60.0, 74.0, 62.0, 76.0])
 
-    def measure(options, seed, kept):
-        calls.append((options["method"], seed))
+    def measure(dataset, recipe, method, seed):
+        calls.append((method, seed))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return {"command": "`python`", "mIoU": next(values), "gain over MaskCLIP": 1.0}
+        return {"command": "`python`", "mIoU": next(values), "gain": 1.0}
 
-    monkeypatch.setattr(tables, "rectified", measure)
+    monkeypatch.setattr(tables, "main_row", measure)
+    monkeypatch.setattr(tables, "MAIN", {"ReCLIP": "reclip", "ReCLIP++": "reclip++"})
     results, begin = tmp_path / "RESULTS.md", "# Results\n\n<!-- machine -->\n<!-- /machine -->\n"
     results.write_text(f"{begin}\nBefore.\n\n<!-- main -->\nold\n<!-- /main -->\n\nAfter.\n")
     run = lambda: tables.main(["main", "--seeds", "0", "1", "--results", str(results)])
@@ -189,8 +190,8 @@ def test_tables_go_on_after_an_interrupt(tmp_path, monkeypatch):
     run(), run()
     assert calls == [("reclip", 0), ("reclip++", 0), ("reclip", 1), ("reclip", 1), ("reclip++", 1)]
     text = results.read_text()
-    assert "| ReCLIP | `python` | 61.0 ± 1.4 | +1.0 | 58.5 |" in text       # sqrt(2), not 1
-    assert "| ReCLIP++ | `python` | 75.0 ± 1.4 | +1.0 | 73.5 |" in text and "old" not in text
+    assert "| ReCLIP | `python` | 61.0 ± 1.4 (60.0 62.0) | +1.0 | 58.5 |" in text       # sqrt(2), not 1
+    assert "| ReCLIP++ | `python` | 75.0 ± 1.4 (74.0 76.0) | +1.0 | 73.5 |" in text and "old" not in text
     assert "Before.\n\n<!-- main -->" in text and "<!-- /main -->\n\nAfter." in text
     assert torch.__version__ in text and "`python tests/tables.py main`" in text
 

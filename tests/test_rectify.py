@@ -421,7 +421,7 @@ def test_the_real_command_line(emoji, tmp_path):
         assert list(result["IoU"]) == VOC_NAMES
         assert result["mIoU"] == pytest.approx(np.mean([*result["IoU"].values()]), abs=0.01)
     baseline, rectified = (r["mIoU"] for r in report["results"].values())
-    assert 30 < baseline < 60 and baseline + 1 < rectified < 100, "two of eight epochs already gain"
+    assert 30 < baseline < 60 and baseline + 1 < rectified < 100, "two epochs already gain"
     assert report["hypothesis"]["precision"] > 0.75 and report["hypothesis"]["recall"] > 0.65
     row = re.search(r"^mIoU +([\d.]+) +([\d.]+) +([-+][\d.]+)$", printed, re.M).groups()
     expected = [baseline, rectified, rectified - baseline]
@@ -501,7 +501,7 @@ def test_the_published_settings_learn(emoji, tmp_path):
     assert log(tmp_path)[-1]["agreement"] < 0.3
 
 # ============================================================================== the same bits again
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, -1])
 def test_the_seed_decides_the_weights(mini, trained, tmp_path, seed):
     """Same seed, same weights to the bit; another seed, others."""
     run(main, *own(mini, tmp_path, "--method", "reclip", "--seed", seed))
@@ -771,7 +771,7 @@ def test_what_a_user_can_mend_is_one_line(capsys, error, line, code):
                            alpha=1000.0, epochs=200, method="reclip", out="runs/voc")),
     ("--dataset voc --method reclip++ --t 0.3", dict(alpha=100.0, hypothesis="windows", t=0.3)),
     ("--dataset ade --method maskclip", dict(t=0.21, crop=512, out="runs/ade-maskclip")),
-    ("", dict(crop=192, epochs=8, method="reclip++", lr=0.01))])
+    ("", dict(crop=192, epochs=12, method="reclip++", lr=0.01))])
 def test_help_shows_the_datasets_own_values(capsys, argv, values):
     """The paper's or the authors', what is typed before them; and behind each field of Config its
     comment."""

@@ -1,0 +1,134 @@
+"""PASCAL VOC at its true size, without PASCAL VOC: what a first run costs, stage by stage.
+
+    python tests/rehearsal.py               # a tenth of the images; about half an hour on 2 cores
+    python tests/rehearsal.py --share 100 --batch 4         # shorter; distill.py with less memory
+
+Made photographs of VOC's number and size come in VOC's own tar from a server on this machine, and
+CLIP has random weights in the hub's cache, so that the default command lines run without internet:
+`rectify.py --dataset voc`, `distill.py` and `export.py`, with one epoch, one view and every tenth
+image. Of each stage the seconds, the peak of the process's memory, and the hours that VOC's full
+schedule would take on the same machine: seconds times images, views and epochs left out. Also in
+runs/rehearsal/rehearsal.json.
+"""
+import argparse
+import functools
+import hashlib
+import http.server
+import io
+import json
+import os
+import re
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(Path("runs/rehearsal/hub").resolve())}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import rectify  # noqa: E402  (after the path to it, and before torch)
+import distill  # noqa: E402
+import export  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+OUT, IMAGES = Path("runs/rehearsal"), {"train": 1464, "val": 1449}          # VOC's lists
+rows = {}
+
+def made(number, size=(500, 375)):
+    """(A JPEG, its mask's PNG): coarse noise and an ellipse of one class."""
+    draw = np.random.default_rng(number)
+    image = Image.fromarray(draw.integers(0, 256, (30, 40, 3), np.uint8)).resize(size)
+    y, x = np.indices(size[::-1])
+    near = (x / size[0] - draw.uniform(0.3, 0.7)) ** 2 + (y / size[1] - 0.5) ** 2
+    mask = np.where(near < 0.04, 1 + number % 20, 0)
+    mask[(near > 0.04) & (near < 0.045)] = rectify.VOID
+    image.save(buffer := io.BytesIO(), "JPEG", quality=90)
+    return buffer.getvalue(), rectify.palette_png(mask.astype(np.uint8))
+
+def make_archive(path):
+    """VOC's tar, with the files of all images on its lists."""
+    with tarfile.open(path, "w") as tar:
+        def add(name, content):
+            info = tarfile.TarInfo(f"VOCdevkit/VOC2012/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for split, count in IMAGES.items():
+            names = [f"2007_{split}{k:06}" for k in range(count)]
+            add(f"ImageSets/Segmentation/{split}.txt", "\n".join(names).encode())
+            for k, name in enumerate(names):
+                image, mask = made(k)
+                add(f"JPEGImages/{name}.jpg", image)
+                add(f"SegmentationClass/{name}.png", mask)
+
+def make_clip():
+    """OpenAI's ViT-B/16 with random weights, where the hub keeps what it has downloaded."""
+    model = rectify.open_clip.create_model("ViT-B-16-quickgelu", load_weights=False)
+    about = rectify.open_clip.get_pretrained_cfg("ViT-B-16-quickgelu", "openai")["hf_hub"]
+    home = OUT / "hub" / ("models--" + about.strip("/").replace("/", "--"))
+    rectify.write(home / "refs/main", b"0")
+    (home / "snapshots/0").mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), home / "snapshots/0/open_clip_pytorch_model.bin")
+
+def serve(folder):
+    """The address of a server of this folder."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    handler.func.log_message = lambda *_: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}/"
+
+def timed(title, function, whole):
+    """The function, which also notes its seconds, the process's peak of memory meanwhile, and what
+    the whole of VOC would take: `whole` times as long."""
+    @functools.wraps(function)
+    def call(*args, **options):
+        Path("/proc/self/clear_refs").write_text("5")               # the peak begins anew
+        started = time.time()
+        result = function(*args, **options)
+        seconds, status = time.time() - started, Path("/proc/self/status").read_text()
+        rows.setdefault(title, {             # a later call finds the work done
+            "seconds": seconds, "GB": int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2 ** 20,
+            "hours of VOC": seconds * whole / 3600})
+        print(title, {k: round(v, 3) for k, v in rows[title].items()}, flush=True)
+        return result
+    return call
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--share", type=int, default=10, help="every so many images (default 10)")
+    parser.add_argument("--batch", default="12", help="of distill.py (default 12, as for VOC)")
+    args = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    (file, _, address), share = rectify.DATASETS["voc"][0][0], args.share
+    served = OUT / "served" / address.partition("://")[2]           # under thor's own path
+    served.parent.mkdir(parents=True, exist_ok=True)
+    if not served.is_file():
+        make_archive(served)
+        make_clip()
+    md5 = hashlib.file_digest(open(served, "rb"), "md5").hexdigest()
+    url = serve(OUT / "served") + address.partition("://")[2]
+    rectify.DATASETS["voc"] = ([(file, md5, url)], *rectify.DATASETS["voc"][1:])
+    splits = rectify.splits
+    rectify.splits = lambda folder: [samples[::share] for samples in splits(folder)]
+    voc, student = (module.RECIPES["voc"]["epochs"] for module in (rectify, distill))
+    for module, name, title, whole in (
+            (rectify, "dataset_folder", "fetch and unpack", 1),
+            (rectify, "check_labels", "check the labels", share),
+            (rectify, "training_data", "features", share * rectify.Config.views),
+            (rectify, "train", "training", share * voc), (rectify, "measure", "measuring", share),
+            (distill, "train", "distilling", share * student),
+            (distill, "measure", "measuring the student", share)):
+        setattr(module, name, timed(title, getattr(module, name), whole))
+    folder = ["--root", str(OUT), "--out", str(OUT / "run")]
+    rectify.main(["--dataset", "voc", "--epochs", "1", "--views", "1", *folder])
+    distill.main(["--epochs", "1", "--batch", args.batch, "--out", str(OUT / "run")])
+    timed("export", export.main, 1)(["--out", str(OUT / "run")])
+    rectify.write(OUT / "rehearsal.json", json.dumps({"rows": rows, **rectify.versions()}, indent=1))
+    print("\n| a tenth of VOC | seconds | GB | hours of VOC |\n|---|---|---|---|")
+    for title, row in rows.items():
+        print(f"| {title} | {row['seconds']:.0f} | {row['GB']:.1f} | {row['hours of VOC']:.2f} |")
+
+if __name__ == "__main__":
+    main()
