@@ -651,7 +651,7 @@ DATASETS = {
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 KINDS = re.compile(                     # what tells an image from its mask in the name of a file
     "(label(train)?id|leftimg8bit|groundtruth|annotation|segmentation|overlay|original|figure|"
-    "image|colou?r|label|photo|truth|mask|fine|orig|pred|segm|anno|ann|img|lbl|msk|rgb|seg|viz|gt)s?")
+    "image|colou?r|label|photo|truth|mask|fine|orig|pred|segm|anno?|img|lbl|msk|rgb|seg|viz|gt)s?")
 VOID = 255
 NO_CLASS = "background void unlabeled unlabelled ignore other none class classes name names".split()
 
