@@ -125,7 +125,8 @@ def main():
     rectify.main(["--dataset", "voc", "--epochs", "1", "--views", "1", *folder])
     distill.main(["--epochs", "1", "--batch", args.batch, "--out", str(OUT / "run")])
     timed("export", export.main, 1)(["--out", str(OUT / "run")])
-    rectify.write(OUT / "rehearsal.json", json.dumps({"rows": rows, **rectify.versions()}, indent=1))
+    report = {"rows": rows, **rectify.versions()}
+    rectify.write(OUT / "rehearsal.json", json.dumps(report, indent=1))
     print("\n| a tenth of VOC | seconds | GB | hours of VOC |\n|---|---|---|---|")
     for title, row in rows.items():
         print(f"| {title} | {row['seconds']:.0f} | {row['GB']:.1f} | {row['hours of VOC']:.2f} |")
