@@ -1,6 +1,6 @@
 """Measure the tables of tests/RESULTS.md and write them there, with the published numbers.
 
-    python tests/tables.py all              # every table, about three hours on two cores
+    python tests/tables.py all              # every table, about four hours on two cores
     python tests/tables.py main             # ReCLIP and ReCLIP++; the other names: --help
     python tests/tables.py main --dataset voc --recipe 2024     # with the CVPR paper's CLIP
 
@@ -79,7 +79,7 @@ TEACHERS = {
                 "ReCLIP++": "reclip++"}}
 LOSSES = {"mask, feature, text": {}, "mask, feature": dict(text_weight=0.0),
           "mask, text": dict(feature_weight=0.0), "mask": dict(feature_weight=0.0, text_weight=0.0)}
-WHOLE = ["headroom", "export", "bench", "bench-export", "bench-busy"]     # measured in one go
+WHOLE = ["headroom", "export", "rehearsal", "bench", "bench-export", "bench-busy"]  # in one go
 TABLES = ["main", *RECTIFIED, *TEACHERS, "losses", *WHOLE]
 # (table, dataset, regime): {row: mIoU}, as the papers have it
 PUBLISHED = {
@@ -230,6 +230,11 @@ def benched(table, dataset, recipe):
     subprocess.run([sys.executable, HERE / "bench.py", what, "--out", out], check=True)
     return {row.pop("what"): row for row in json.loads((out / f"{table}.json").read_text())["rows"]}
 
+def rehearsed():
+    """The rows of rehearsal.py, in a process of its own."""
+    subprocess.run([sys.executable, HERE / "rehearsal.py"], check=True)
+    return json.loads(Path("runs/rehearsal/rehearsal.json").read_text())["rows"]
+
 # ===================================================================================== the Markdown
 
 def units(table, dataset, recipe):
@@ -252,7 +257,8 @@ def units(table, dataset, recipe):
     else:
         return {table: lambda seed, kept: (
             make.headroom() if table == "headroom" else exported(dataset, recipe)
-            if table == "export" else benched(table, dataset, recipe))}
+            if table == "export" else rehearsed() if table == "rehearsal" else
+            benched(table, dataset, recipe))}
     return {title: alone(title, measure) for title, measure in rows.items()}
 
 def measure(table, dataset, recipe, seeds):

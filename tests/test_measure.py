@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -228,6 +229,38 @@ def test_medians_leave_out_what_fails(capsys):
     t = bench.medians({"slow": lambda: time.sleep(0.02), "fails": lambda: 1 / 0, "fast": int}, 3)
     assert t.keys() == {"slow", "fast"} and t["slow"][1] >= 0.02 > t["fast"][1]
     assert "left out: fails" in capsys.readouterr().out
+
+def test_gpu_rows_have_no_int8_and_tensorrt_one_engine(tmp_path, monkeypatch):
+    """TensorRT's libraries come before its session, its engine is kept and of one shape."""
+    asked, order = [], []
+
+    class Session:
+        def __init__(self, path, settings, providers):
+            order.append(providers[0][0])
+            asked.append((path, *providers[0]))
+        get_providers = lambda self: [asked[-1][1]]
+
+    class Finder:                                       # sees what is imported
+        find_spec = lambda self, name, *_: name == "tensorrt_libs" and order.append(name)
+
+    (tmp_path / "tensorrt_libs.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    monkeypatch.setattr(bench.onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(bench.onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(bench, "bound", lambda session, x: None)
+    files = {name: tmp_path / f"{name}.onnx" for name in ("fp32", "fp16", "int8")}
+    nothing = SimpleNamespace(to=lambda device: None)
+    monkeypatch.setattr(bench.copy, "deepcopy", lambda module: nothing)
+    monkeypatch.setattr(bench.torch, "compile", lambda module: None)
+    monkeypatch.setattr(bench.torch, "autocast", lambda *_: None)
+    calls = bench.ways(None, files, np.zeros((2, 8, 9, 3), np.uint8), "cuda")
+    assert {name.split()[-1] for name in calls if "PyTorch" not in name} == {"fp32", "fp16"}
+    assert order.index("tensorrt_libs") < order.index("TensorrtExecutionProvider")
+    rt = [options for _, name, options in asked if name.startswith("Tensorrt")]
+    shapes = {f"trt_profile_{k}_shapes": "image:2x8x9x3" for k in ("min", "opt", "max")}
+    assert len(rt) == 2 and all(options["trt_engine_cache_enable"] == "1" for options in rt)
+    assert all(shapes.items() <= options.items() for options in rt)
 
 @pytest.mark.slow
 def test_a_session_of_one_shape_computes_no_shapes(tmp_path):
