@@ -18,6 +18,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -494,8 +495,7 @@ def main(argv=None):
     if not trained and RANK == 0:
         rectify.save(out / "student.pt", kept | {"student": student.state_dict(), "mIoU": mIoU})
         (out / "distill.partial.pt").unlink()
-    print(f"{time.time() - started:.0f} s in all. Wrote {out}/: "
-          + ", ".join(sorted(path.name for path in out.iterdir())))
+    print(f"{time.time() - started:.0f} s in all. Wrote {out}/: {', '.join(os.listdir(out))}")
 
 if __name__ == "__main__":
     rectify.run(main)

@@ -797,7 +797,7 @@ def find_images(folder):
             words = re.findall(r"[^\W\d_]+|\d+", KINDS.sub(" ", inside.name.lower()))
             first = seen.setdefault(tuple(words) or inside.parent, path)
             if first != path:
-                raise UserError(f"{path}: may be the mask of {first}; give the images alone")
+                raise UserError(f"{path}: may be the mask of {first}; give images, no name twice")
             images[inside.as_posix()] = path
     if not images:
         raise UserError(f"{folder}: holds no images ({' '.join(SUFFIXES)})")
@@ -1444,7 +1444,7 @@ def main(argv=None):
             (out / "rectify.partial.pt").unlink()
     if RANK == 0:
         measure(segmenter, samples, val, out, started)
-        print(f"{time.time() - started:.0f} s in all. Wrote {', '.join(map(str, out.iterdir()))}")
+        print(f"{time.time() - started:.0f} s in all. Wrote {out}/: {', '.join(os.listdir(out))}")
 
 if __name__ == "__main__":
     run(main)

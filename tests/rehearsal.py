@@ -1,12 +1,12 @@
 """PASCAL VOC at its true size, without PASCAL VOC: what a first run costs, stage by stage.
 
-    python tests/rehearsal.py               # a tenth of the images; about half an hour on 2 cores
-    python tests/rehearsal.py --share 100 --batch 4         # shorter; distill.py with less memory
+    python tests/rehearsal.py               # about a quarter of an hour on one core
+    python tests/rehearsal.py --share 100   # faster
 
 Made photographs of VOC's number and size come in VOC's own tar from a server on this machine, and
 CLIP has random weights in the hub's cache, so that the default command lines run without internet:
-`rectify.py --dataset voc`, `distill.py` and `export.py`, with one epoch, one view and every tenth
-image. Of each stage the seconds, the peak of the process's memory, and the hours that VOC's full
+`rectify.py --dataset voc` on every tenth image with one epoch and one view, then `distill.py` and
+`export.py` on a tenth of these, one epoch. Of each stage the seconds, the peak of the process's memory, and the hours that VOC's full
 schedule would take on the same machine: seconds times images, views and epochs left out. Also in
 runs/rehearsal/rehearsal.json.
 """
@@ -98,10 +98,9 @@ def timed(title, function, whole):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--share", type=int, default=10, help="every so many images (default 10)")
-    parser.add_argument("--batch", default="12", help="of distill.py (default 12, as for VOC)")
-    args = parser.parse_args()
+    share = parser.parse_args().share
     OUT.mkdir(parents=True, exist_ok=True)
-    (file, _, address), share = rectify.DATASETS["voc"][0][0], args.share
+    (file, _, address), splits = rectify.DATASETS["voc"][0][0], rectify.splits
     served = OUT / "served" / address.partition("://")[2]           # under thor's own path
     served.parent.mkdir(parents=True, exist_ok=True)
     if not served.is_file():
@@ -110,24 +109,27 @@ def main():
     md5 = hashlib.file_digest(open(served, "rb"), "md5").hexdigest()
     url = serve(OUT / "served") + address.partition("://")[2]
     rectify.DATASETS["voc"] = ([(file, md5, url)], *rectify.DATASETS["voc"][1:])
-    splits = rectify.splits
     rectify.splits = lambda folder: [samples[::share] for samples in splits(folder)]
-    voc, student = (module.RECIPES["voc"]["epochs"] for module in (rectify, distill))
-    for module, name, title, whole in (
-            (rectify, "dataset_folder", "fetch and unpack", 1),
-            (rectify, "check_labels", "check the labels", share),
-            (rectify, "training_data", "features", share * rectify.Config.views),
-            (rectify, "train", "training", share * voc), (rectify, "measure", "measuring", share),
-            (distill, "train", "distilling", share * student),
-            (distill, "measure", "measuring the student", share)):
-        setattr(module, name, timed(title, getattr(module, name), whole))
+    epochs, measures = rectify.RECIPES["voc"]["epochs"], (rectify.evaluate, rectify.save_galleries)
+    for name, title, whole in (
+            ("dataset_folder", "fetch and unpack", 1), ("check_labels", "check the labels", share),
+            ("training_data", "features", share * rectify.Config.views),
+            ("train", "training", share * epochs), ("evaluate", "evaluation", share),
+            ("save_galleries", "figures", 1)):
+        setattr(rectify, name, timed(title, getattr(rectify, name), whole))
     folder = ["--root", str(OUT), "--out", str(OUT / "run")]
     rectify.main(["--dataset", "voc", "--epochs", "1", "--views", "1", *folder])
-    distill.main(["--epochs", "1", "--batch", args.batch, "--out", str(OUT / "run")])
+    share *= 10
+    epochs = distill.RECIPES["voc"]["epochs"]
+    distill.train = timed("distilling", distill.train, share * epochs)
+    for function, title, whole in zip(measures, ("student: evaluation", "student: figures"),
+                                      (share, 1)):
+        setattr(rectify, function.__name__, timed(title, function, whole))
+    distill.main(["--epochs", "1", "--out", str(OUT / "run")])
     timed("export", export.main, 1)(["--out", str(OUT / "run")])
     report = {"rows": rows, **rectify.versions()}
     rectify.write(OUT / "rehearsal.json", json.dumps(report, indent=1))
-    print("\n| a tenth of VOC | seconds | GB | hours of VOC |\n|---|---|---|---|")
+    print("\n| stage | seconds | GB | hours of VOC |\n|---|---|---|---|")
     for title, row in rows.items():
         print(f"| {title} | {row['seconds']:.0f} | {row['GB']:.1f} | {row['hours of VOC']:.2f} |")
 
