@@ -741,9 +741,9 @@ def class_names(cfg):
         words = line.removeprefix("background:").split(",")
         words = [word.strip() for word in words if word.strip()]
         for word in words:
-            if not re.fullmatch(r"[^\W\d_]([\w'&+-]| (?!\d))*", word) or word.lower() in NO_CLASS:
-                raise UserError(f"{source}, line {number}: '{word}' is no class name; write one "
-                                "class a line, synonyms after commas; or 'background: sky, wall'")
+            if not re.fullmatch(r"[^\W\d_]([^\W\d_]|[ '&+-])*", word) or word.lower() in NO_CLASS:
+                raise UserError(f"{source}, line {number}: '{word}' is no class name; write words, "
+                                "one class a line, synonyms after commas, or 'background: sky'")
         if line.startswith("background:"):
             background += words
         elif words:
