@@ -1,7 +1,7 @@
 """PASCAL VOC at its true size, without PASCAL VOC: what a first run costs, stage by stage.
 
     python tests/rehearsal.py               # about a quarter of an hour on one core
-    python tests/rehearsal.py --share 100   # faster
+    python tests/rehearsal.py --batch 4     # distill.py with less memory; --share 100: faster
 
 Made photographs of VOC's number and size come in VOC's own tar from a server on this machine, and
 CLIP has random weights in the hub's cache, so that the default command lines run without internet:
@@ -98,7 +98,9 @@ def timed(title, function, whole):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--share", type=int, default=10, help="every so many images (default 10)")
-    share = parser.parse_args().share
+    parser.add_argument("--batch", default="12", help="of distill.py (default 12, as for VOC)")
+    args = parser.parse_args()
+    share = args.share
     OUT.mkdir(parents=True, exist_ok=True)
     (file, _, address), splits = rectify.DATASETS["voc"][0][0], rectify.splits
     served = OUT / "served" / address.partition("://")[2]           # under thor's own path
@@ -125,7 +127,7 @@ def main():
     for function, title, whole in zip(measures, ("student: evaluation", "student: figures"),
                                       (share, 1)):
         setattr(rectify, function.__name__, timed(title, function, whole))
-    distill.main(["--epochs", "1", "--out", str(OUT / "run")])
+    distill.main(["--epochs", "1", "--batch", args.batch, "--out", str(OUT / "run")])
     timed("export", export.main, 1)(["--out", str(OUT / "run")])
     report = {"rows": rows, **rectify.versions()}
     rectify.write(OUT / "rehearsal.json", json.dumps(report, indent=1))
