@@ -774,7 +774,7 @@ def list_samples(folder, split):
     else:
         labels, images = folder / "none", find_images(folder) if split == "train" else {}
         names = images
-        list(read_ahead(refuse_mask, images.values()))
+        list(tqdm(read_ahead(refuse_mask, images.values()), "images", len(images), leave=False))
     samples = []
     for name in filter(None, map(str.strip, names)):
         image, label = images.get(name, where / f"{name}.jpg"), labels / f"{name}.png"

@@ -28,6 +28,19 @@ def test_readme_maps_equations_to_functions_that_exist():
             places += [(script, known[name]) for name in names]
     assert script == 3 and len(places) > 20 and places == sorted(places)
 
+def test_numbers_are_those_that_were_measured():
+    """README's table is the main table of RESULTS.md; every mIoU that README and the scripts' heads
+    tell stands in RESULTS.md."""
+    results = (rectify.HERE / "tests/RESULTS.md").read_text("utf-8")
+    main = re.search("<!-- main -->(.*)<!-- /main -->", results, re.DOTALL)[1]
+    measured = re.findall(r"^\| ([^|]+?) \| ([\d.]+)", main, re.MULTILINE)
+    told = re.findall(r"^\| ([^|]+?)(?: \([^|]*\))? \| (\d+\.\d) \|", README, re.MULTILINE)
+    assert told == measured and len(told) == 4
+    heads = [ast.get_docstring(ast.parse(path.read_text("utf-8"))) for path in SCRIPTS]
+    for text in [README, *heads]:
+        numbers = re.findall(r"(?<![\d.])\d\d\.\d\b(?: ± \d\.\d)?", text)
+        assert not [number for number in numbers if number not in results]
+
 def test_rectify_imports_nothing_of_ours():
     """It can be taken alone."""
     nodes = [*ast.walk(ast.parse(SCRIPTS[0].read_text("utf-8")))]
