@@ -81,7 +81,7 @@ METHODS = {
     ("voc", "reclip++"): dict(alpha=100.0, sharpness=10.0, denoise=1.0, hypothesis="windows"),
     ("context", "reclip++"): dict(alpha=100.0, sharpness=10.0, denoise=0.85, hypothesis="windows"),
     ("ade", "reclip++"): dict(alpha=100.0, sharpness=10.0, denoise=0.5, hypothesis="windows"),
-    ("emoji", "reclip++"): dict(alpha=3.0, sharpness=10.0, denoise=0.0)}
+    ("emoji", "reclip++"): dict(alpha=10.0, sharpness=10.0, denoise=0.0)}
 # As the CVPR paper ran CLIP: with GELU, though its weights were trained with QuickGELU.
 RECIPE_2024 = dict(clip="ViT-B-16", normalization="imagenet")
 COSINE_SHARPNESS = 100.0                # of MaskCLIP's logits, which are cosines: CLIP's own scale

@@ -48,8 +48,8 @@ def published(method):
 RECTIFIED = {
     "luck": lambda dataset: {                           # on dev; the recipe comes first
         title: RECLIPPP | options for title, options in (
-            ("the recipe", {}), ("α = 5", dict(alpha=5.0)), ("α = 10", dict(alpha=10.0)),
-            ("2 views, 8 epochs", dict(views=2, epochs=8)))},
+            ("the recipe, α = 10", {}), ("α = 3", dict(alpha=3.0)), ("α = 5", dict(alpha=5.0)),
+            ("α = 3, 2 views, 8 epochs", dict(alpha=3.0, views=2, epochs=8)))},
     "readings": lambda dataset: {
         "ReCLIP++": RECLIPPP, "ReCLIP++, without the bias B": RECLIPPP | dict(space="off"),
         "ReCLIP++, one prompt for all classes": RECLIPPP | dict(prompt="shared"),
