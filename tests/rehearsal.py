@@ -6,9 +6,9 @@
 Made photographs of VOC's number and size come in VOC's own tar from a server on this machine, and
 CLIP has random weights in the hub's cache, so that the default command lines run without internet:
 `rectify.py --dataset voc` on every tenth image with one epoch and one view, then `distill.py` and
-`export.py` on a tenth of these, one epoch. Of each stage the seconds, the peak of the process's memory, and the hours that VOC's full
-schedule would take on the same machine: seconds times images, views and epochs left out. Also in
-runs/rehearsal/rehearsal.json.
+`export.py` on a tenth of these, one epoch. Of each stage the seconds, the peak of the process's
+memory, and the hours that VOC's full schedule would take on the same machine: the seconds times the
+images, views and epochs left out. Also in runs/rehearsal/rehearsal.json.
 """
 import argparse
 import functools
