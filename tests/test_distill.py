@@ -311,6 +311,17 @@ def test_the_student_needs_no_clip(taught, monkeypatch):
 def test_the_student_sees_an_image_in_its_own_shape(image, size, expected):
     assert distill.student_size(*image, size) == expected
 
+def test_photographs_go_through_the_student_a_few_at_a_time(taught):
+    """A batch of large images is bounded, and its masks are those of each image alone."""
+    state, seen = rectify.load(taught / "student.pt", "student"), []
+    student, cfg = distill.load_student(state), Config(**state["config"])
+    student.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    images = torch.randint(256, (7, 3, 600, 800)).byte()
+    masks = distill.predict_student(student, images, cfg, 20)
+    assert seen == [2, 2, 2, 1] and masks.shape == (7, 600, 800)
+    alone = [distill.predict_student(student, image[None], cfg, 20)[0] for image in images]
+    assert (masks == torch.stack(alone)).float().mean() > 0.999
+
 def test_flips_and_scales_average_to_a_mask(taught):
     state = rectify.load(taught / "student.pt", "student")
     net, cfg = distill.load_student(state), distill.Config(**state["config"] | {"tta": True})
