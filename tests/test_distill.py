@@ -314,7 +314,7 @@ def test_the_student_sees_an_image_in_its_own_shape(image, size, expected):
 def test_photographs_go_through_the_student_a_few_at_a_time(taught):
     """A batch of large images is bounded, and its masks are those of each image alone."""
     state, seen = rectify.load(taught / "student.pt", "student"), []
-    student, cfg = distill.load_student(state), Config(**state["config"])
+    student, cfg = distill.load_student(state), distill.Config(**state["config"])
     student.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
     images = torch.randint(256, (7, 3, 600, 800)).byte()
     masks = distill.predict_student(student, images, cfg, 20)
