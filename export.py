@@ -13,9 +13,9 @@
 A student of Emoji VOC (seed 0): size; median at batch 1 on 1 core of an AMD EPYC with VNNI;
 agreement with PyTorch; mIoU on the 400 validation images (distill.py: 71.2).
 
-    student.onnx        16.26 MB    5.9 ms    100.00 %    71.2
-    student.fp16.onnx    8.27 MB    6.1 ms     99.92 %    71.2
-    student.int8.onnx    4.36 MB    2.3 ms     98.29 %    71.0
+    student.onnx        16.26 MB    5.4 ms    100.00 %    71.2
+    student.fp16.onnx    8.27 MB    5.6 ms     99.92 %    71.2
+    student.int8.onnx    4.36 MB    2.2 ms     98.29 %    71.0
 
 1 run a file, 2 the graph that is exported, 3 the files, 4 the check, 5 the rest and main.
 B images of H×W px; C classes; K values in a mask, with background; Q channels of the student.
