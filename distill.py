@@ -329,10 +329,6 @@ def predict_student(student, images, cfg, classes, threshold=0.0):
     """Masks B×H×W uint8 of uint8 images B×3×H×W, as `decide` makes them of the logits; with cfg.tta
     of their mean over flips and three scales."""
     images, original, maps = images.to(student.T.device), images.shape[-2:], []
-    most = max(1, 2 ** 20 // math.prod(original))       # photographs: five at once
-    if len(images) > most:
-        return torch.cat([predict_student(student, some, cfg, classes, threshold)
-                          for some in images.split(most)])
     for factor in (1.0, 0.75, 1.25) if cfg.tta else (1.0,):
         seen = student_size(*original, cfg.size, factor)
         x = normalize(student, v2.functional.resize(images.float(), seen, antialias=True))

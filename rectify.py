@@ -574,8 +574,9 @@ def evaluate(predict, samples, names, base=1, name_images=None):
     read = lambda sample: read_pair(sample, names, base)
     for batch, pairs in batches_of_one_size(samples, read, "evaluating"):
         images, labels = map(torch.stack, zip(*pairs))                      # B 3 H W, B H W
-        for method, masks in predict(images).items():
-            masks = masks.cpu()
+        parts = [predict(part) for part in images.split(max(1, LARGEST_PART // labels[0].numel()))]
+        for method in parts[0]:
+            masks = torch.cat([part[method].cpu() for part in parts])       # B H W
             matrices[method] = matrices.get(method, 0) + confusion(labels, masks, C)
             for n, label, mask in zip(batch, labels, masks):
                 found.setdefault(method, []).extend(objects(label, mask, samples[n], real))
@@ -825,7 +826,7 @@ def check_labels(samples, names, base):
 # ============================================================================== 8 images and labels
 LONGEST = 4096                          # px of a side; training sees larger images at this size
 AT_ONCE = 16                            # images that CLIP sees at once; 32 overflow a CPU's caches
-LARGEST_BATCH, LARGEST_MAP = 2 ** 22, 2 ** 27       # pixels of a batch; logits of a decided image
+LARGEST_BATCH, LARGEST_PART, LARGEST_MAP = 2 ** 22, 2 ** 20, 2 ** 27    # pixels, pixels, logits
 
 def open_image(path, what):
     """A decoded PIL image. Raises UserError, also beyond Pillow's limit of 179 megapixels."""
@@ -840,8 +841,7 @@ def refuse_mask(path):
     """Raise UserError for an image of at most 64 colours, as masks are; a JPEG has always more."""
     image = open_image(path, "image") if path.suffix.lower() not in (".jpg", ".jpeg") else None
     if image and image.mode[0] not in "FI" and image.convert("RGB").getcolors(64):
-        raise UserError(f"{path}: has few colours, as a mask has; give photographs alone (drawings "
-                        "as JPEG)")
+        raise UserError(f"{path}: few colours, as in a mask; give photographs (drawings as JPEG)")
 
 def load_image(path, longest=None):
     """Any image as 3×H×W uint8 RGB: EXIF applied, 16 bits cut to 8, white behind transparency,

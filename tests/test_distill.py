@@ -311,16 +311,26 @@ def test_the_student_needs_no_clip(taught, monkeypatch):
 def test_the_student_sees_an_image_in_its_own_shape(image, size, expected):
     assert distill.student_size(*image, size) == expected
 
-def test_photographs_go_through_the_student_a_few_at_a_time(taught):
-    """A batch of large images is bounded, and its masks are those of each image alone."""
+def test_photographs_go_through_the_student_a_few_at_a_time(taught, tmp_path):
+    """A measured batch of large images is bounded; its masks are those of each image alone."""
     state, seen = rectify.load(taught / "student.pt", "student"), []
     student, cfg = distill.load_student(state), distill.Config(**state["config"])
     student.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
-    images = torch.randint(256, (7, 3, 600, 800)).byte()
-    masks = distill.predict_student(student, images, cfg, 20)
-    assert seen == [2, 2, 2, 1] and masks.shape == (7, 600, 800)
+    images, samples, masks = torch.randint(256, (7, 3, 600, 800)).byte(), [], []
+    for k, image in enumerate(images):
+        paths = tmp_path / f"{k}.png", tmp_path / f"label{k}.png"
+        for path, pixels in zip(paths, (image.permute(1, 2, 0), 1 + 0 * image[0])):
+            Image.fromarray(pixels.numpy()).save(path)
+        samples.append(rectify.Sample(str(k), *paths))
+
+    def predict(images):
+        masks.append(distill.predict_student(student, images, cfg, 20))
+        return {"student": masks[-1]}
+
+    rectify.evaluate(predict, samples, [f"class {k}" for k in range(20)])
+    assert seen == [2, 2, 2, 1] and torch.cat(masks).shape == (7, 600, 800)
     alone = [distill.predict_student(student, image[None], cfg, 20)[0] for image in images]
-    assert (masks == torch.stack(alone)).float().mean() > 0.999
+    assert (torch.cat(masks) == torch.stack(alone)).float().mean() > 0.999
 
 def test_flips_and_scales_average_to_a_mask(taught):
     state = rectify.load(taught / "student.pt", "student")
