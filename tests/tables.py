@@ -127,13 +127,13 @@ def rectified(options, seed, kept, split="val"):
         rectify.train(segmenter, (x, valid, y), train, Path(out))
     predict = rectify.predictor(segmenter)
     results, _, quality = rectify.evaluate(predict, val, segmenter.classes, 1, name_images)
-    (found, mine), (baseline, clips) = (results[m].values() for m in (cfg.method, "maskclip"))
-    columns = {"command": command(options), "mIoU": found, "gain": found - baseline}
+    mine, clips = (results[method]["IoU"] for method in (cfg.method, "maskclip"))
+    columns = {"command": command(options), **over_clip(results, cfg.method)}
     if split == "dev":
         lost = [name for name, value in mine.items() if value < 10 and clips[name] > 40]
         return columns | {"classes lost": len(lost)}
     if segmenter.background:
-        columns["IoU of the background"] = results[cfg.method]["IoU"]["background"]
+        columns["IoU of the background"] = mine["background"]
     return columns | {f"{k} of y": 100 * quality[k] for k in ("precision", "recall")}
 
 def run_of(dataset, recipe, method, seed):
@@ -152,15 +152,18 @@ def trained(dataset, recipe, method, seed):
     rectify.compare(path, rectify.load(path), rectify.Config, rectify.FREE, asdict(today))
     return out
 
+def over_clip(results, method):
+    """The columns of a method: its mIoU, and what that is above CLIP without training."""
+    found, baseline = (results[m]["mIoU"] for m in (method, "maskclip"))
+    return {"mIoU": found, "gain": found - baseline}
+
 def main_row(dataset, recipe, method, seed):
     """A row of the main table, by the command lines of rectify.py and distill.py."""
     out = trained(dataset, recipe, "reclip" if method == "reclip" else "reclip++", seed)
     if method == "student":
         distilled(dataset, recipe, "reclip++", seed)
     report = out / ("distill.json" if method == "student" else "rectify.json")
-    results = json.loads(report.read_text())["results"]
-    return {"mIoU": results[method]["mIoU"],
-            "gain": results[method]["mIoU"] - results["maskclip"]["mIoU"]}
+    return over_clip(json.loads(report.read_text())["results"], method)
 
 def teacher_of(dataset, recipe, teacher, seed):
     """(The run's folder, --teacher of distill.py, {title: result}, the teacher's title)."""
@@ -177,8 +180,7 @@ def teacher_of(dataset, recipe, teacher, seed):
 def undistilled(*what):
     """A teacher of Table 10, measured."""
     *_, results, name = teacher_of(*what)
-    found = results[name]["mIoU"]
-    return {"mIoU": found, "gain": found - results["maskclip"]["mIoU"]}
+    return over_clip(results, name)
 
 def distilled(dataset, *what):
     """A student of Table 11, measured, by the command lines of all three scripts."""
@@ -255,10 +257,10 @@ def units(table, dataset, recipe):
         rows = {title: lambda seed, kept, w=weights: taught(dataset, recipe, w, seed, kept)
                 for title, weights in LOSSES.items()}
     else:
-        return {table: lambda seed, kept: (
-            make.headroom() if table == "headroom" else exported(dataset, recipe)
-            if table == "export" else rehearsed() if table == "rehearsal" else
-            benched(table, dataset, recipe))}
+        measures = {"headroom": make.headroom, "rehearsal": rehearsed,
+                    "export": lambda: exported(dataset, recipe)}
+        measure = measures.get(table, lambda: benched(table, dataset, recipe))
+        return {table: lambda seed, kept: measure()}
     return {title: alone(title, measure) for title, measure in rows.items()}
 
 def measure(table, dataset, recipe, seeds):
