@@ -28,7 +28,7 @@ from typing import Literal
 import rectify
 from rectify import (
     RANK, VOID, WORLD, UserError, contrastive_loss, decide, denoise, draw_view, each_image,
-    end_epoch, hypothesize, in_bf16, load_image, load_label, normalize, over_ranks, read_ahead,
+    end_epoch, hypothesize, in_half, load_image, load_label, normalize, over_ranks, read_ahead,
     resize_to_fit, similarity, tqdm)
 
 import timm
@@ -156,7 +156,7 @@ class DeepLabV2(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def forward(self, x):
-        with in_bf16(x.device) if self.training else contextlib.nullcontext():
+        with in_half(x.device) if self.training else contextlib.nullcontext():
             x = self.backbone(x)[0]                                         # B channels s s
             u = sum(conv(x) for conv in self.aspp).float()                  # B D s s
         return classify(u, self.T, self.R, self.scale), u
@@ -288,7 +288,7 @@ def train(student, labeller, samples, cfg, kept, out, state=None):
 
     @torch.no_grad()
     def piece():                                        # of a step, for `tune_threads`
-        with in_bf16(crops.device):
+        with in_half(crops.device):
             student.backbone(crops)
 
     bar = tqdm(total=cfg.epochs * steps, initial=first * steps, desc="student", unit="step")

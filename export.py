@@ -71,8 +71,9 @@ def open_model(path, provider="cpu", cuda=CUDA):
         raise UserError(f"{path}: ONNX Runtime does not open it ({str(error).splitlines()[0]})")
     runs = session.get_providers()[0]
     if not runs.lower().startswith(wanted):
-        problem = (f"ONNX Runtime runs on {runs}, not on {wanted}; CUDA needs `pip install "
-                   "'onnxruntime-gpu[cuda,cudnn]'`, TensorRT also 'tensorrt-cu13<11'")
+        problem = (f"ONNX Runtime runs on {runs}, not on {wanted}; CUDA needs a driver from "
+                   "580 on and `pip install 'onnxruntime-gpu[cuda,cudnn]'`, TensorRT also "
+                   "'tensorrt-cu13<11'")
         if provider != "auto":
             raise UserError(f"--provider {provider}: {problem}")
         print(f"WARNING: {problem}", file=sys.stderr)

@@ -375,9 +375,9 @@ class Segmenter(nn.Module):
                 self.clip.visual.load_state_dict(state["clip"])
 
     def features(self, images, clip=None, attention=None):
-        """encode_image of uint8 images B×3×H×W, on the device, in bfloat16 where it has it: f."""
+        """encode_image of uint8 images B×3×H×W, on the device, see `in_half`: f."""
         clip, attention = clip or self.clip, attention or self.cfg.attention
-        with in_bf16(self.device):
+        with in_half(self.device):
             return encode_image(clip, normalize(clip, images.to(self.device)), attention)
 
     def reference(self):
@@ -1029,9 +1029,8 @@ def figure4(predict, samples, names, base=1):
         for r, cell in enumerate(cells.values()):
             axis.imshow(cell, extent=(k - w, k + w, r + h, r - h), interpolation="nearest")
     axis.set(xlim=(-0.5, len(samples) - 0.5), ylim=(len(cells) - 0.5, -0.5), aspect="equal",
-             xticks=[], yticks=range(len(cells)), yticklabels=cells)
+             xticks=[], yticks=range(len(cells)), yticklabels=cells, frame_on=False)
     axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
     patches = [Patch(facecolor=[v / 255 for v in colour(c, names)], edgecolor="black",
                      label=names[c]) for c in sorted(seen)]
     figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False)
@@ -1226,13 +1225,14 @@ def pick_device(cfg):
     torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for every size of an image
     return torch.device("cuda", LOCAL)
 
-def in_bf16(device):
-    """Autocast to bfloat16, where the hardware has it, for what is large: CLIP's image tower, and
-    the student in training. Not for the text encoder: a step has few tokens for it."""
+def in_half(device):
+    """Autocast what is large, CLIP's image tower and the student in training, to bfloat16 where the
+    hardware has it. A GPU without it (Turing) takes float16 where nothing learns."""
     can = getattr(torch.cpu, "get_capabilities", dict)()                # older torch does not tell
     has = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
            any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")))
-    return torch.autocast(device.type, torch.bfloat16, enabled=has)
+    frozen = device.type == "cuda" and not torch.is_grad_enabled()
+    return torch.autocast(device.type, torch.bfloat16 if has else torch.half, has or frozen)
 
 ALL_THREADS = torch.get_num_threads()
 

@@ -159,15 +159,16 @@ def bench_training(folder):
     fill = (255 * clip.mean).round().byte()
     crop = lambda s: rectify.augment(rectify.load_image(s.image), cfg, rectify.draw_view(), fill)[0]
     crops = lambda: ready if gpu else map(crop, some)   # beside a GPU other cores would make them
-    frozen = lambda tower: torch.no_grad()(rectify.in_bf16(device)(tower))
+    half = torch.no_grad()(rectify.in_half)(device)
+    frozen = lambda tower: torch.no_grad()(half(tower))
     y_once = mock.patch.object(rectify, "each_image", lambda *_: [*data[2]])
     def student_steps():
         make = lambda _: distill.training_batch(student, labeller, batch, course)
         ahead = functools.partial(rectify.read_ahead, ahead=1, threads=1) if gpu else map
         for x, label, f in ahead(make, range(steps)):                       # as distill.train
             distill.step(student, descent, x, label, f, weights)
-    n, fast = 8192 if gpu else 2048, rectify.in_bf16(device)._enabled
-    square = torch.randn(n, n, device=device, dtype=torch.bfloat16 if fast else torch.float)
+    n, dtype = 8192 if gpu else 2048, half.fast_dtype if half._enabled else torch.float
+    square = torch.randn(n, n, device=device, dtype=dtype)
     epoch = lambda learner: rectify.train(learner, data, samples, folder)
     tasks = {"dense": lambda: frozen(rectify.encode_image)(clip, x, "maskclip"),
              "open_clip": lambda: frozen(clip.encode_image)(x, normalize=True),
@@ -187,7 +188,8 @@ def bench_training(folder):
     add(f"the same, prompt: {cfg.prompt}", authors / t["own"], "×", how)
     add(f"student step, {course.backbone}, {course.batch}×{course.crop} px", t["student"], "s")
     add("teacher, of that step", 100 * t["teacher"] / t["student"], "%")
-    peak, kind = 2 * n ** 3 / t["peak"], "bf16" if fast else "fp32"
+    kinds = {torch.bfloat16: "bf16", torch.half: "fp16", torch.float: "fp32"}
+    peak, kind = 2 * n ** 3 / t["peak"], kinds[dtype]
     add(f"{kind} matmul peak", peak / 1e12, "TFLOP/s")
     both = lambda: sum(out.sum() for out in student(taught.float())).backward()
     for what, compute in (("dense", tasks["dense"]), ("student", both)):

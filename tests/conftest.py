@@ -41,9 +41,9 @@ write_mask = lambda path, array: rectify.write(path, rectify.palette_png(np.uint
 @once(autouse=True)
 def fp32():
     """No bfloat16: equal bits on every processor. Gives the function that would decide."""
-    decides, distill = rectify.in_bf16, sys.modules.get("distill", rectify)
+    decides, distill = rectify.in_half, sys.modules.get("distill", rectify)
     off = lambda device: torch.autocast(device.type, torch.bfloat16, enabled=False)
-    with mock.patch.object(rectify, "in_bf16", off), mock.patch.object(distill, "in_bf16", off):
+    with mock.patch.object(rectify, "in_half", off), mock.patch.object(distill, "in_half", off):
         yield decides
 
 @once(autouse=True)

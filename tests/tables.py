@@ -313,7 +313,8 @@ def machine():
     name = re.search(r"model name\s*: (.*)", info.read_text() if info.is_file() else "")
     git = subprocess.run(["git", "-C", HERE, "log", "-1", "--format=%h"], text=True,
                          capture_output=True)
-    precision = "bfloat16" if rectify.in_bf16(device)._enabled else "fp32"
+    half = torch.no_grad()(rectify.in_half)(device)
+    precision = str(half.fast_dtype).removeprefix("torch.") if half._enabled else "fp32"
     return (f"Measured on: {name[1] if name else sys.platform}, {os.cpu_count()} cores, GPU: "
             f"{rectify.versions()['gpu']}; CLIP's image tower in {precision}; "
             f"{torch.get_num_threads()} threads; PyTorch {torch.__version__}; commit "

@@ -23,7 +23,7 @@ import rectify  # noqa: E402
 from rectify import UserError, configure  # noqa: E402
 
 CUDA, aten = torch.device("cuda", 0), torch.ops.aten
-REAL = rectify.in_bf16, rectify.text_features           # conftest.py puts others in their place
+REAL = rectify.in_half, rectify.text_features           # conftest.py puts others in their place
 
 class FakeCuda(TorchDispatchMode):
     """Operations on CUDA make tensors without values; `waits` names those that the host waits for.
@@ -92,7 +92,7 @@ def gpu(monkeypatch):
     put(rectify, "save", lambda path, state: path.touch())
     put(rectify, "text_features", REAL[1])
     for module in (rectify, distill):
-        put(module, "in_bf16", REAL[0])
+        put(module, "in_half", REAL[0])
         put(module, "read_ahead", lambda read, items, *rest, **options: map(read, items))
     put(torch.nn.Module, "_apply", convert)
     with mode:
@@ -172,14 +172,23 @@ def test_features_and_hypothesis(gpu, samples, tmp_path, options):
     assert y.shape == (4, 20) and valid.shape == (2, 4, *grid)
     assert "aten._local_scalar_dense" not in gpu.waits
 
-def test_attentions_in_bfloat16(gpu, tmp_path):
-    segmenter = on_gpu(tmp_path, method="maskclip")
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_attentions_in_16_bits(gpu, tmp_path, monkeypatch, has_bf16):
+    """In bfloat16; on Turing, which has none, in float16 where nothing learns, else in fp32."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: has_bf16)
+    segmenter, seen = on_gpu(tmp_path, method="maskclip"), set()
+    segmenter.clip.visual.conv1.register_forward_hook(lambda conv, x, out: seen.add(out.dtype))
     gpu.waits.clear()
     images = torch.zeros(2, 3, 50, 70, dtype=torch.uint8, device="cuda")
-    for attention in ("clip", "maskclip", "sclip", "clearclip", "naclip"):
-        f = segmenter.features(images, attention=attention)
-        assert f.is_cuda and f.dtype == torch.float and not gpu.waits
-        assert f.shape == ((2, 128) if attention == "clip" else (2, 128, 5, 6))
+    with torch.no_grad():
+        for attention in ("clip", "maskclip", "sclip", "clearclip", "naclip"):
+            f = segmenter.features(images, attention=attention)
+            assert f.is_cuda and f.dtype == torch.float and not gpu.waits
+            assert f.shape == ((2, 128) if attention == "clip" else (2, 128, 5, 6))
+    assert seen == {torch.bfloat16 if has_bf16 else torch.half}
+    seen.clear()
+    segmenter.features(images)
+    assert seen == {torch.bfloat16 if has_bf16 else torch.float}
 
 @pytest.mark.parametrize("options", [
     dict(prompt="shared", optimizer="sgd"), dict(method="reclip", finetune=True),

@@ -510,7 +510,7 @@ def test_the_seed_decides_the_weights(mini, trained, tmp_path, seed):
 def test_kill_and_resume(mini, tmp_path, fp32, monkeypatch):
     """kill -9 in the middle, then --resume: the weights and the log of a run that nothing
     interrupted, on a plain folder of images."""
-    monkeypatch.setattr(rectify, "in_bf16", fp32)       # as the process that is killed decides
+    monkeypatch.setattr(rectify, "in_half", fp32)       # as the process that is killed decides
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     args = lambda out: [*map(str, own(mini / "JPEGImages", out, "--names", "cow, dog, horse",
                                       "--epochs", 30))]
@@ -690,7 +690,7 @@ def test_bfloat16_moves_features_and_masks_but_little(mini, monkeypatch):
     segmenter = Segmenter(configure(method="maskclip"), VOC_NAMES)
     images = [rectify.load_image(s.image)[None] for s in rectify.list_samples(mini, "val")[:4]]
     exact = [(segmenter.features(x), rectify.predictor(segmenter)(x)["maskclip"]) for x in images]
-    monkeypatch.setattr(rectify, "in_bf16", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(rectify, "in_half", lambda device: torch.autocast("cpu", torch.bfloat16))
     for x, (f, mask) in zip(images, exact):
         g = segmenter.features(x)
         assert g.dtype == torch.float32 and not torch.equal(f, g)
