@@ -21,8 +21,8 @@ import torch  # noqa: E402
 
 OUT, DEVICE = Path(sys.argv[1]), (sys.argv[2:] or ["cuda"])[0]
 GPU, found = DEVICE == "cuda", {}
+REPEATS = 20 if GPU else 2
 wait = torch.cuda.synchronize if GPU else lambda: None
-
 
 def part(function):
     """Run a part of the probe, keep what it returns or why it fails, and write all to the file."""
@@ -35,16 +35,14 @@ def part(function):
     rectify.write(OUT / "probe.json", json.dumps(found, indent=1, default=str))
     print(function.__name__, result, flush=True)
 
-
-def seconds(work, repeats=20 if GPU else 2):
-    """The mean of so many calls after one."""
+def seconds(work):
+    """The mean of REPEATS calls after one."""
     work(), wait()
     started = time.perf_counter()
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         work()
     wait()
-    return (time.perf_counter() - started) / repeats
-
+    return (time.perf_counter() - started) / REPEATS
 
 def at_true_size(dataset, method="reclip++"):
     """(Segmenter with random weights, data of an epoch of two steps); on a CPU the tiny world's."""
@@ -52,7 +50,6 @@ def at_true_size(dataset, method="reclip++"):
     cfg = rectify.configure(method=method, device=DEVICE, out=str(OUT / "true"), **options)
     segmenter = rectify.Segmenter(cfg, rectify.class_names(cfg)[0])
     return segmenter, bench.make_features(segmenter, 2 * cfg.batch, cfg.crop)
-
 
 def optimizer_step(segmenter, data):
     """A function that does one step of training on its own small batch."""
@@ -68,7 +65,6 @@ def optimizer_step(segmenter, data):
         optimizer.step()
 
     return step
-
 
 def student_step():
     """A step of the run's student, with the batch made anew."""
@@ -87,7 +83,6 @@ def student_step():
     return lambda: distill.step(student, optimizer, *distill.training_batch(
         student, labeller, batch, course), weights)
 
-
 def waits_and_busy_share():
     """Of a step of each script: warnings of torch's sync debug mode; the GPU's busy share."""
     result = {}
@@ -102,14 +97,13 @@ def waits_and_busy_share():
         kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * GPU
         each = seconds(step)
         with torch.profiler.profile(activities=kinds) as profile:
-            for _ in range(20 if GPU else 2):
+            for _ in range(REPEATS):
                 step()
             wait()
-        busy = sum(event.self_device_time_total for event in profile.key_averages()) / 20e6
+        busy = sum(event.self_device_time_total for event in profile.key_averages())
         result[name] = {"waits": [f"{w.filename}:{w.lineno}: {w.message}" for w in seen],
-                        "step, s": each, "GPU busy, share": busy / each}
+                        "step, s": each, "GPU busy, share": busy / 1e6 / REPEATS / each}
     return result
-
 
 def cudnn_attention():
     """Seconds of MaskCLIP on images of forty sizes, with cuDNN's attention and without."""
@@ -123,7 +117,6 @@ def cudnn_attention():
         result["with" if on else "without"] = time.perf_counter() - started
     torch.backends.cuda.enable_cudnn_sdp(False)
     return result
-
 
 def graphed_reference():
     """reference() as a CUDA graph against eager: seconds of forward and backward, gradients."""
@@ -140,7 +133,6 @@ def graphed_reference():
                            "largest gradient": grads[0].abs().max()}
     return result
 
-
 def peak_memory():
     """GB at the peak of a step of training and of a prediction; REALITY.md has the estimates."""
     result = {}
@@ -153,7 +145,6 @@ def peak_memory():
             work()
             result[f"{dataset}, {name}"] = torch.cuda.max_memory_allocated() / 1e9
     return result
-
 
 def cpu_and_gpu_agree():
     """The share of pixels that a student labels alike on both; naclip's error against float64."""
@@ -171,7 +162,6 @@ def cpu_and_gpu_agree():
             "naclip, largest error of the largest value": (
                 (out - exact).abs().max() / exact.abs().max()).item()}
 
-
 def resumed_from_the_cpu():
     """A distillation that was interrupted on the CPU goes on here; its losses by epoch."""
     out = OUT / "resumed"
@@ -187,7 +177,6 @@ def resumed_from_the_cpu():
         distill.main([*options, "--device", "cpu"])
     distill.main([*options, "--device", DEVICE, "--resume"])
     return [json.loads(line)["loss"] for line in (out / "distill.jsonl").read_text().splitlines()]
-
 
 (OUT / "true").mkdir(parents=True, exist_ok=True)
 WEIGHTS = GPU and bench.make_world(OUT / "true", 0)
