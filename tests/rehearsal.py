@@ -16,6 +16,7 @@ import hashlib
 import http.server
 import io
 import json
+import multiprocessing
 import os
 import re
 import sys
@@ -34,7 +35,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 OUT, IMAGES = Path("runs/rehearsal"), {"train": 1464, "val": 1449}          # VOC's lists
-rows = {}
+rows = multiprocessing.Manager().dict()                 # all processes write into it
 
 def made(number, size=(500, 375)):
     """(A JPEG, its mask's PNG): coarse noise and an ellipse of one class."""
@@ -80,6 +81,14 @@ def serve(folder):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}/"
 
+def alone(function, *args):
+    """Call it in a process of its own, as a user calls a script: its memory begins anew."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(process.exitcode)
+
 def timed(title, function, whole):
     """The function, which also notes its seconds, the process's peak of memory meanwhile, and what
     the whole of VOC would take: `whole` times as long."""
@@ -107,8 +116,8 @@ def main():
     served = OUT / "served" / address.partition("://")[2]           # under thor's own path
     served.parent.mkdir(parents=True, exist_ok=True)
     if not served.is_file():
-        make_archive(served)
-        make_clip()
+        alone(make_archive, served)
+        alone(make_clip)
     md5 = hashlib.file_digest(open(served, "rb"), "md5").hexdigest()
     url = serve(OUT / "served") + address.partition("://")[2]
     rectify.DATASETS["voc"] = ([(file, md5, url)], *rectify.DATASETS["voc"][1:])
@@ -121,16 +130,16 @@ def main():
             ("save_galleries", "figures", 1)):
         setattr(rectify, name, timed(title, getattr(rectify, name), whole))
     folder = ["--root", str(OUT), "--out", str(OUT / "run")]
-    rectify.main(["--dataset", "voc", "--epochs", "1", "--views", "1", *folder])
+    alone(rectify.main, ["--dataset", "voc", "--epochs", "1", "--views", "1", *folder])
     share *= 10
     epochs = distill.RECIPES["voc"]["epochs"]
     distill.train = timed("distilling", distill.train, share * epochs)
     for function, title, whole in zip(measures, ("student: evaluation", "student: figures"),
                                       (share, 1)):
         setattr(rectify, function.__name__, timed(title, function, whole))
-    distill.main(["--epochs", "1", "--batch", args.batch, "--out", str(OUT / "run")])
-    timed("export", export.main, 1)(["--out", str(OUT / "run")])
-    report = {"rows": rows, **rectify.versions()}
+    alone(distill.main, ["--epochs", "1", "--batch", args.batch, "--out", str(OUT / "run")])
+    alone(timed("export", export.main, 1), ["--out", str(OUT / "run")])
+    report = {"rows": dict(rows), **rectify.versions()}
     rectify.write(OUT / "rehearsal.json", json.dumps(report, indent=1))
     print("\n| stage | seconds | GB | hours of VOC |\n|---|---|---|---|")
     for title, row in rows.items():
