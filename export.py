@@ -60,6 +60,7 @@ def open_model(path, provider="cpu", cuda=CUDA):
     options.intra_op_num_threads = len(cores(0))        # 0: ONNX Runtime takes all
     # An idle session whose threads spin slows the others down, twofold.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.enable_cpu_mem_arena = False                # it grows with every new size of an image
     options.log_severity_level = 3                      # its errors are raised below, once
     if wanted != "cpu":
         onnxruntime.preload_dlls()                      # CUDA's libraries, where pip has put them

@@ -372,6 +372,17 @@ def test_onnxruntime_web(exported, images, tmp_path):
         compare(exported / name, images, [np.fromfile(tmp_path / f"{name}.{k}", np.uint8)
                                           for k in range(len(SHAPES))])
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read there")
+def test_a_session_gives_memory_back(exported):
+    """A large batch takes 100 MB more, and only as long as it is computed."""
+    code = ("import export, numpy, sys; session = export.open_model(sys.argv[1])\n"
+            "kB = lambda: int(open('/proc/self/status').read().split('VmRSS:')[1].split()[0])\n"
+            "x, before = numpy.ones((64, 96, 128, 3), numpy.uint8), kB()\n"
+            "session.run(None, {'image': x}); print(kB() - before)")
+    done = subprocess.run([sys.executable, "-c", code, exported / "student.onnx"], text=True,
+                          capture_output=True, cwd=rectify.HERE)
+    assert int(done.stdout) < 40_000, done.stderr
+
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read there")
 @pytest.mark.parametrize("side, gigabytes", [(13_000, 1.2), (3_464, 0.6)])
