@@ -77,7 +77,8 @@ def gpu(monkeypatch):
     mode, put = FakeCuda(), monkeypatch.setattr
     for name, value in [("is_available", True), ("device_count", 1), ("is_bf16_supported", True),
                         ("get_device_name", "H200"), ("mem_get_info", (1e11, 1e11)),
-                        ("_lazy_init", None), ("set_device", None), ("empty_cache", None)]:
+                        ("_lazy_init", None), ("set_device", None), ("empty_cache", None),
+                        ("is_current_stream_capturing", False)]:
         put(torch.cuda, name, lambda *args, value=value, **options: value)
     put(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)   # else no autocast
     put(torch._subclasses.fake_tensor, "init_gpu_context", lambda device: None)
