@@ -138,7 +138,8 @@ def main():
                                       (share, 1)):
         setattr(rectify, function.__name__, timed(title, function, whole))
     alone(distill.main, ["--epochs", "1", "--batch", args.batch, "--out", str(OUT / "run")])
-    alone(timed("export", export.main, 1), ["--out", str(OUT / "run")])
+    checked = share * export.CHECKED / IMAGES["val"]    # as many times the photographs of today
+    alone(timed("export", export.main, checked), ["--out", str(OUT / "run")])
     report = {"rows": dict(rows), **rectify.versions()}
     rectify.write(OUT / "rehearsal.json", json.dumps(report, indent=1))
     print("\n| stage | seconds | GB | hours of VOC |\n|---|---|---|---|")
