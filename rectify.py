@@ -375,7 +375,7 @@ class Segmenter(nn.Module):
                 self.clip.visual.load_state_dict(state["clip"])
 
     def features(self, images, clip=None, attention=None):
-        """encode_image of uint8 images B×3×H×W, on the device, see `in_half`: f."""
+        """encode_image of uint8 images B×3×H×W, in the precision of `in_half`: f."""
         clip, attention = clip or self.clip, attention or self.cfg.attention
         with in_half(self.device):
             return encode_image(clip, normalize(clip, images.to(self.device)), attention)

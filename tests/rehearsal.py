@@ -35,7 +35,8 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 OUT, IMAGES = Path("runs/rehearsal"), {"train": 1464, "val": 1449}          # VOC's lists
-rows = multiprocessing.Manager().dict()                 # all processes write into it
+fork = multiprocessing.get_context("fork")              # a child knows what is replaced here
+rows = fork.Manager().dict()                            # all processes write into it
 
 def made(number, size=(500, 375)):
     """(A JPEG, its mask's PNG): coarse noise and an ellipse of one class."""
@@ -83,7 +84,7 @@ def serve(folder):
 
 def alone(function, *args):
     """Call it in a process of its own, as a user calls a script: its memory begins anew."""
-    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process = fork.Process(target=function, args=args)
     process.start()
     process.join()
     if process.exitcode:

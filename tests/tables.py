@@ -1,6 +1,6 @@
 """Measure the tables of tests/RESULTS.md and write them there, with the published numbers.
 
-    python tests/tables.py all              # every table, about four hours on two cores
+    python tests/tables.py all              # every table, about five hours on two cores
     python tests/tables.py main             # ReCLIP and ReCLIP++; the other names: --help
     python tests/tables.py main --dataset voc --recipe 2024     # with the CVPR paper's CLIP
 
